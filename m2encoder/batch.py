@@ -1,0 +1,45 @@
+"""What the training loop receives: one batch, and the stream that gives batches by step.
+
+Not for reading shards (data_pipeline/stream.py).
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import NamedTuple, Protocol
+
+from torch import Tensor
+
+
+class Captions(NamedTuple):
+    """Captions of one language in a batch."""
+
+    ids: Tensor  # (M, L) int64, right-padded
+    mask: Tensor  # (M, L) int64, 1 where real
+    rows: Tensor  # (M,) int64: caption m describes picture rows[m]
+
+
+@dataclass
+class Batch:
+    """Pictures and their captions; a picture may lack a language."""
+
+    pixels: Tensor
+    """(B, 3, S, S) uint8."""
+    captions: dict[str, Captions]
+    """BCP-47 tag to captions, at most one per picture."""
+    keys: list[str]
+    """The pairs' names, in order."""
+    dropped: list[tuple[str, str]] = field(default_factory=list)
+    """(key, reason) of pairs that could not be used."""
+
+
+class BatchStream(Protocol):
+    """Batches by step: the same step always gives the same batch."""
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Optimizer steps per pass over the data."""
+        ...
+
+    def batches(self, first_step: int, last_step: int) -> Iterator[Batch]:
+        """Yield the batches of steps first_step .. last_step - 1."""
+        ...

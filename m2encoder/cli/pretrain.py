@@ -1,0 +1,175 @@
+"""`m2enc pretrain`: build stream, model and evaluators from a configuration, train, export."""
+
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import yaml
+
+from m2encoder.config import PretrainConfig
+from m2encoder.errors import ConfigError
+
+if TYPE_CHECKING:
+    from m2encoder.data_pipeline.stream import TrainingStream
+    from m2encoder.encoder import Encoder
+    from m2encoder.tokenizer import TextTokenizer
+
+logger = logging.getLogger(__name__)
+
+
+def pretrain(cfg: PretrainConfig, *, dry_run: bool = False) -> int:
+    """Train a model and export it to OUT/model."""
+    if dry_run:
+        print(plan(cfg))
+        return 0
+    print(run(cfg))
+    return 0
+
+
+pretrain.options_class = PretrainConfig  # pyright: ignore[reportFunctionMemberAccess]
+
+
+def run(cfg: PretrainConfig, *, show_progress: bool | None = None) -> Path:
+    """Train as configured; returns the exported model folder. Running it again resumes."""
+    from m2encoder.card import write_model_card
+    from m2encoder.load import save_model_folder
+    from m2encoder.train import pretrain as train
+
+    out = Path(cfg.out)
+    out.mkdir(parents=True, exist_ok=True)
+    tokenizer = prepare_tokenizer(cfg)
+    cfg = replace(cfg, model=replace(cfg.model, vocab_size=tokenizer.vocab_size))
+    write_config(cfg, out / "config.yaml")
+    stream = make_stream(cfg, tokenizer)
+    encoder = new_encoder(cfg, tokenizer)
+    results = train(cfg, encoder, stream, make_evaluators(cfg), show_progress=show_progress)
+    encoder.model.eval()
+    save_model_folder(encoder, out / "model", sp_model=tokenizer.model)
+    write_model_card(out / "model", cfg, encoder, results)
+    return out / "model"
+
+
+def prepare_tokenizer(cfg: PretrainConfig) -> "TextTokenizer":
+    """Return the run's own tokenizer, else the configured one, else one trained on the captions."""
+    from m2encoder.cli.tokenizer import read_texts
+    from m2encoder.tokenizer import TextTokenizer, train_tokenizer
+
+    own = Path(cfg.out) / "sp.model"
+    if not own.is_file():
+        if cfg.tokenizer.path is not None:
+            model = TextTokenizer.load(Path(cfg.tokenizer.path), max_length=2).model
+        else:
+            texts = read_texts([Path(cfg.data.train)])
+            model = train_tokenizer(texts, vocab_size=cfg.tokenizer.vocab_size)
+        own.write_bytes(model)
+    return TextTokenizer.load(
+        own,
+        max_length=cfg.model.max_text_length,
+        truncation_side=cfg.tokenizer.truncation_side,
+    )
+
+
+def make_stream(cfg: PretrainConfig, tokenizer: "TextTokenizer") -> "TrainingStream":
+    """Return the batches that this run trains on."""
+    from m2encoder.data_pipeline.stream import TrainingStream
+    from m2encoder.objectives import languages_of
+
+    return TrainingStream(
+        cfg.data,
+        image_size=cfg.model.image_size,
+        tokenizer=tokenizer,
+        languages=languages_of(cfg.objectives),
+        seed=cfg.seed,
+    )
+
+
+def new_encoder(cfg: PretrainConfig, tokenizer: "TextTokenizer") -> "Encoder":
+    """Return a freshly initialised model with its preprocessing; the seed decides its weights."""
+    import torch
+
+    from m2encoder.encoder import Encoder
+    from m2encoder.model.configuration_m2encoder import M2EncoderConfig
+    from m2encoder.model.image_processing_m2encoder import M2EncoderImageProcessor
+    from m2encoder.model.modeling_m2encoder import M2Encoder
+    from m2encoder.tokenizer import END_ID, PAD_ID
+
+    torch.manual_seed(cfg.seed)
+    config = M2EncoderConfig(**asdict(cfg.model), pad_token_id=PAD_ID, eos_token_id=END_ID)
+    processor = M2EncoderImageProcessor(cfg.model.image_size)
+    return Encoder(M2Encoder(config), processor, tokenizer.to_fast(), name=Path(cfg.out).name)
+
+
+def make_evaluators(
+    cfg: PretrainConfig,
+) -> dict[str, "Callable[[Encoder], Mapping[str, float]]"]:
+    """Return what is measured after each epoch: retrieval and zero-shot on data.evaluate."""
+    if cfg.data.evaluate is None:
+        return {}
+    from m2encoder.eval.suite import evaluate, flat_metrics
+
+    folder = Path(cfg.data.evaluate)
+    name = folder.name
+
+    def measure(encoder: "Encoder") -> Mapping[str, float]:
+        candidates = cfg.evaluate_candidates
+        return flat_metrics(evaluate(encoder, folder, candidates=candidates, seed=cfg.seed))
+
+    return {name: measure}
+
+
+def write_config(cfg: PretrainConfig, path: Path) -> None:
+    """Write the resolved configuration; `m2enc pretrain --config FILE` reruns it.
+
+    Raises ConfigError when the folder belongs to a run with another model, data or schedule.
+    """
+    text = to_yaml(cfg)
+    if path.is_file():
+        before, now = yaml.safe_load(path.read_text(encoding="utf-8")), yaml.safe_load(text)
+        fixed = ("model", "data", "objectives", "optim", "epochs", "seed")
+        changed = [key for key in fixed if before.get(key) != now[key] and key != "data"]
+        changed += [
+            f"data.{key}"
+            for key in ("train", "batch_size", "augment")
+            if before.get("data", {}).get(key) != now["data"][key]
+        ]
+        if changed:
+            raise ConfigError(
+                f"{path.parent}: holds a run with another {', '.join(changed)}; choose "
+                f"another --out, or repeat its settings with --config {path}"
+            )
+    path.write_text(text, encoding="utf-8")
+
+
+def to_yaml(cfg: PretrainConfig) -> str:
+    """Return the configuration as YAML, every field written out."""
+    values = asdict(cfg) | {"objectives": [asdict(objective) for objective in cfg.objectives]}
+    return yaml.safe_dump(values, allow_unicode=True, sort_keys=False)
+
+
+def plan(cfg: PretrainConfig) -> str:
+    """Return what a run would do: resolved configuration, parameters, samples, steps, memory."""
+    import torch
+
+    from m2encoder.model.configuration_m2encoder import M2EncoderConfig
+    from m2encoder.model.modeling_m2encoder import M2Encoder
+    from m2encoder.shards import ShardIndex
+
+    with torch.device("meta"):
+        model = M2Encoder(M2EncoderConfig(**asdict(cfg.model)))
+    parameters = sum(p.numel() for p in model.parameters())
+    lines = [to_yaml(cfg).rstrip(), "---", f"parameters: {parameters:,}"]
+    lines.append(
+        f"weights, gradients and optimizer state: {parameters * 16 / 2**30:.2f} GiB "
+        f"(float32 AdamW; activations come on top)"
+    )
+    if not (Path(cfg.data.train) / "index.json").is_file():
+        return "\n".join([*lines, f"data: {cfg.data.train} is not there yet"])
+    count = ShardIndex.load(Path(cfg.data.train)).count
+    steps = count // cfg.data.batch_size
+    lines.append(f"data: {count:,} pairs, {steps:,} steps per epoch of {cfg.data.batch_size} pairs")
+    lines.append(
+        f"total: {steps * cfg.epochs:,} steps, {steps * cfg.epochs * cfg.data.batch_size:,} pairs"
+    )
+    return "\n".join(lines)

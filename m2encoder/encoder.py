@@ -1,0 +1,299 @@
+"""The Encoder: a model with its preprocessing, and methods that take pictures and strings.
+
+Not for opening or writing folders (load.py), nor for training, which calls M2Encoder's tensor
+methods.
+"""
+
+import hashlib
+import json
+import logging
+import os
+import unicodedata
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from m2encoder.errors import DataError
+from m2encoder.images import ImageSource, open_image
+from m2encoder.model.image_processing_m2encoder import M2EncoderImageProcessor
+from m2encoder.model.modeling_m2encoder import M2Encoder
+from m2encoder.tokenizer import MAX_TEXT_CHARACTERS
+
+logger = logging.getLogger(__name__)
+
+OnError = Literal["raise", "skip"]
+TEMPLATES = {
+    "zh": ("{}", "一张{}的图片", "图中有{}"),
+    "en": ("{}", "a picture of {}", "an image of {}"),
+}
+
+
+class BadItem(NamedTuple):
+    """An item that was skipped."""
+
+    position: int
+    name: str
+    reason: str
+
+
+class Encoder:
+    """A loaded model with its preprocessing. Vectors are float32, unit norm, (N, dim).
+
+    Every encode method takes `on_error`: `raise` stops at the first bad item; `skip` leaves it out
+    of the result, logs it, and appends it to the list given as `skipped`. `show_progress` None
+    means: a bar on a terminal when there is more than one batch. `convert_to_tensor` returns torch
+    tensors on the model's device instead of NumPy arrays.
+    """
+
+    def __init__(
+        self,
+        model: M2Encoder,
+        image_processor: M2EncoderImageProcessor,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        name: str = "m2encoder",
+        folder: Path | None = None,
+    ) -> None:
+        self.model = model.eval()
+        self.image_processor = image_processor
+        self.tokenizer = tokenizer
+        self.name = name
+        self.folder = folder
+
+    @property
+    def dim(self) -> int:
+        """Width of the vectors."""
+        return self.model.config.projection_dim
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model computes."""
+        return self.model.logit_scale.device
+
+    @property
+    def logit_scale(self) -> float:
+        """What cosines are multiplied with before a softmax: 1 / temperature, not its logarithm."""
+        return float(self.model.logit_scale.detach().exp())
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """sha256 of weights, shape, tokenizer and picture settings: equal means equal vectors."""
+        digest = hashlib.sha256()
+        config = self.model.config
+        settings = [asdict(config.architecture), config.image_mean, config.image_std]
+        settings += [self.image_processor.size_px, self.image_processor.resize_mode]
+        settings += [self.tokenizer.truncation_side, self.tokenizer.model_max_length]
+        digest.update(json.dumps(settings, sort_keys=True).encode())
+        if isinstance(self.tokenizer, PreTrainedTokenizerFast):
+            digest.update(_tokenizer_definition(self.tokenizer))
+        for name, tensor in sorted(self.model.state_dict().items()):
+            digest.update(name.encode())
+            digest.update(
+                tensor.detach().cpu().reshape(-1).contiguous().view(torch.uint8).numpy().tobytes()
+            )
+        return digest.hexdigest()
+
+    def encode_image(
+        self,
+        images: ImageSource | Sequence[ImageSource],
+        *,
+        batch_size: int = 64,
+        on_error: OnError = "raise",
+        skipped: list[BadItem] | None = None,
+        show_progress: bool | None = None,
+        convert_to_tensor: bool = False,
+    ) -> Any:
+        """Encode pictures: paths, encoded bytes, Pillow images or uint8 arrays (H, W, 3).
+
+        Returns (N, dim) float32, unit norm. Raises DataError naming a picture that cannot be read.
+        """
+        many = images if isinstance(images, list | tuple) else [images]
+        return self._encode(
+            many, self._pixels, self._image_vectors, "pictures",
+            batch_size, on_error, skipped, show_progress, convert_to_tensor,
+        )  # fmt: skip
+
+    def encode_text(
+        self,
+        texts: str | Sequence[str],
+        *,
+        batch_size: int = 64,
+        on_error: OnError = "raise",
+        skipped: list[BadItem] | None = None,
+        show_progress: bool | None = None,
+        convert_to_tensor: bool = False,
+    ) -> Any:
+        """Encode texts in Chinese, English or both.
+
+        Returns (M, dim) float32, unit norm. Texts over the model's token limit are truncated, with
+        one warning. Raises DataError naming a text that is empty.
+        """
+        many = [texts] if isinstance(texts, str) else texts
+        return self._encode(
+            many, _checked_text, self._text_vectors, "texts",
+            batch_size, on_error, skipped, show_progress, convert_to_tensor,
+        )  # fmt: skip
+
+    def encode(self, items: Any, **options: Any) -> Any:
+        """Encode a mixed list: a `str` is always text; a Path, bytes, image or array a picture.
+
+        Takes the options of `encode_image`. Returns (N, dim) in the order of the items.
+        """
+        many = items if isinstance(items, list | tuple) else [items]
+        tensor = options.pop("convert_to_tensor", False)
+        skipped = options.pop("skipped", None)
+        rows: dict[int, Tensor] = {}
+        bad: list[BadItem] = []
+        for is_text, encode in ((False, self.encode_image), (True, self.encode_text)):
+            where = [i for i, item in enumerate(many) if isinstance(item, str) == is_text]
+            missed: list[BadItem] = []
+            vectors = encode(
+                [many[i] for i in where], skipped=missed, convert_to_tensor=True, **options
+            )
+            gone = {item.position for item in missed}
+            kept = [i for n, i in enumerate(where) if n not in gone]
+            rows.update(zip(kept, vectors, strict=True))
+            bad += [item._replace(position=where[item.position]) for item in missed]
+        if skipped is not None:
+            skipped.extend(sorted(bad))
+        empty = torch.zeros(0, self.dim, device=self.device)
+        result = torch.stack([rows[i] for i in sorted(rows)]) if rows else empty
+        return result if tensor else result.cpu().numpy()
+
+    def similarity(self, a: Any, b: Any) -> np.ndarray[Any, Any]:
+        """Cosine similarity (N, M) float32 of vectors a (N, dim) and b (M, dim)."""
+        return np.asarray(a, dtype=np.float32) @ np.asarray(b, dtype=np.float32).T
+
+    def classify(
+        self,
+        images: ImageSource | Sequence[ImageSource],
+        labels: Sequence[str],
+        *,
+        templates: Sequence[str] | None = None,
+        **options: Any,
+    ) -> np.ndarray[Any, Any]:
+        """Return (N, K) float32: per picture the probability of each label, zh or en.
+
+        templates: strings with one `{}`; by default a few in the language of each label.
+        Raises ValueError when labels are fewer than two or repeat.
+        """
+        if len(set(labels)) != len(labels) or len(labels) < 2:
+            raise ValueError(f"labels must be two or more different ones, got {list(labels)}")
+        classes = [
+            self._average(tuple(templates or TEMPLATES[language_of(label)]), label)
+            for label in labels
+        ]
+        vectors = self.encode_image(images, **options)
+        logits = self.logit_scale * self.similarity(vectors, np.stack(classes))
+        odds = np.exp(logits - logits.max(axis=1, keepdims=True))
+        return odds / odds.sum(axis=1, keepdims=True)
+
+    def _average(self, templates: tuple[str, ...], label: str) -> np.ndarray[Any, Any]:
+        vectors = self.encode_text([t.format(label) for t in templates], show_progress=False)
+        mean = vectors.mean(axis=0)
+        return mean / np.linalg.norm(mean)
+
+    def _encode(
+        self,
+        items: Sequence[Any],
+        prepare: Callable[[Any, str], Any],
+        vectors: Callable[[list[Any]], Tensor],
+        what: str,
+        batch_size: int,
+        on_error: OnError,
+        skipped: list[BadItem] | None,
+        show_progress: bool | None,
+        convert_to_tensor: bool,
+    ) -> Any:
+        if on_error not in ("raise", "skip"):
+            raise ValueError(f"on_error is {on_error!r}, expected 'raise' or 'skip'")
+        hide = len(items) <= batch_size or None if show_progress is None else not show_progress
+        bad: list[BadItem] = []
+        done = [torch.zeros(0, self.dim, device=self.device)]
+        with torch.inference_mode(), tqdm(total=len(items), unit=f" {what}", disable=hide) as bar:
+            for batch in _prepared(items, prepare, what, batch_size, on_error, bad, bar):
+                done.append(vectors(batch).float())
+        if skipped is not None:
+            skipped.extend(bad)
+        result = torch.cat(done)
+        return result if convert_to_tensor else result.cpu().numpy()
+
+    def _pixels(self, image: ImageSource, name: str) -> np.ndarray[Any, Any]:
+        named = None if isinstance(image, str | os.PathLike) else name
+        return self.image_processor.to_pixels(open_image(image, name=named))
+
+    def _image_vectors(self, pixels: list[Any]) -> Tensor:
+        return self.model.encode_image(torch.from_numpy(np.stack(pixels)).to(self.device))
+
+    def _text_vectors(self, texts: list[str]) -> Tensor:
+        left = self.tokenizer.truncation_side == "left"
+        texts = [t[-MAX_TEXT_CHARACTERS:] if left else t[:MAX_TEXT_CHARACTERS] for t in texts]
+        inputs = self.tokenizer(texts, padding=True, truncation=True, return_tensors="pt")
+        limit = self.tokenizer.model_max_length
+        if full := int((inputs["attention_mask"].sum(dim=1) >= limit).sum()):
+            lost = "start" if left else "end"
+            logger.warning(
+                "%d texts fill all %d tokens; longer ones lose their %s", full, limit, lost
+            )
+        return self.model.encode_text(
+            inputs["input_ids"].to(self.device), inputs["attention_mask"].to(self.device)
+        )
+
+
+def _prepared(
+    items: Sequence[Any],
+    prepare: Callable[[Any, str], Any],
+    what: str,
+    batch_size: int,
+    on_error: OnError,
+    bad: list[BadItem],
+    bar: "tqdm[Any]",
+) -> Iterator[list[Any]]:
+    """Yield batches of prepared items; bad ones raise, or are logged and collected in `bad`."""
+    batch: list[Any] = []
+    for position, item in enumerate(items):
+        name = f"{what.removesuffix('s')} {position}"
+        try:
+            batch.append(prepare(item, name))
+        except DataError as error:
+            if on_error == "raise":
+                raise
+            shown = str(item) if isinstance(item, Path) else name
+            bad.append(BadItem(position, shown, str(error)))
+            logger.warning("skipped %s", error)
+        bar.update()
+        if len(batch) == batch_size:
+            yield batch
+            batch = []
+    if batch:
+        yield batch
+
+
+def _checked_text(text: str, name: str) -> str:
+    if not isinstance(text, str):
+        raise TypeError(f"{name} is a {type(text).__name__}, expected a str")
+    if not text.strip():
+        raise DataError(
+            f"{name}: empty, expected at least one character; remove it or skip bad ones"
+        )
+    return text
+
+
+def language_of(text: str) -> Literal["zh", "en"]:
+    """`zh` if the text holds any Chinese character, else `en`."""
+    return "zh" if any("CJK" in unicodedata.name(c, "") for c in text) else "en"
+
+
+def _tokenizer_definition(tokenizer: PreTrainedTokenizerFast) -> bytes:
+    definition = json.loads(tokenizer.backend_tokenizer.to_str())
+    # Calls with padding or truncation leave their setting behind; it is no part of the tokenizer.
+    definition["truncation"] = definition["padding"] = None
+    return json.dumps(definition, sort_keys=True).encode()

@@ -1,0 +1,39 @@
+"""The errors that reach a user, each with the exit code that the command line returns for it.
+
+Not for a caller's mistake inside Python (ValueError, TypeError), nor for what cannot happen
+(assert).
+"""
+
+
+class M2EncoderError(Exception):
+    """Base of every error that m2encoder raises on purpose; one line, no traceback needed."""
+
+    exit_code = 1
+
+
+class ConfigError(M2EncoderError):
+    """A setting, option or configuration file is wrong."""
+
+    exit_code = 2
+
+
+class DataError(M2EncoderError):
+    """A picture, text, shard, index or embedding cannot be used as it is."""
+
+    exit_code = 3
+
+
+class CheckpointError(M2EncoderError):
+    """A model folder or training checkpoint is missing, damaged or of another shape."""
+
+    exit_code = 3
+
+
+class MissingExtraError(M2EncoderError):
+    """An optional dependency is not installed."""
+
+    def __init__(self, package: str, *, extra: str) -> None:
+        super().__init__(
+            f"{package} is not installed, but this command needs it; "
+            f"install it with: pip install 'm2encoder[{extra}]'"
+        )

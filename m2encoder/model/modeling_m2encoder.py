@@ -1,0 +1,201 @@
+"""M2Encoder: two towers over one block, sharing their last layers.
+
+Source: M2-Encoder (arXiv 2401.15896) and its released inference code; BEiT-3's multiway weights
+split exactly into an image tower, a text tower and shared layers. Not for losses or for loading by
+name.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.utils import ModelOutput
+
+from .configuration_m2encoder import M2EncoderConfig
+from .layers import Attention, FeedForward, ImageTower, Stack, TextTower, resize_positions
+
+
+@dataclass
+class M2EncoderOutput(ModelOutput):
+    """What `forward` returns; a tower that was given nothing leaves its fields None."""
+
+    logits_per_image: Tensor | None = None
+    """(B, M) float32: exp(logit_scale) x cosine."""
+    logits_per_text: Tensor | None = None
+    """(M, B) float32, its transpose."""
+    image_embeds: Tensor | None = None
+    """(B, P), unit norm."""
+    text_embeds: Tensor | None = None
+    """(M, P), unit norm."""
+
+
+class M2Encoder(PreTrainedModel):
+    """Chinese-English image-text encoder.
+
+    Tensor methods only; `m2encoder.load_model` wraps it with methods that take pictures and
+    strings.
+    """
+
+    config_class = M2EncoderConfig
+    base_model_prefix = ""
+    main_input_name = "pixel_values"
+    supports_gradient_checkpointing = True
+    _supports_sdpa = True
+    _no_split_modules = ["Block"]  # noqa: RUF012 - the type that transformers expects
+
+    def __init__(self, config: M2EncoderConfig) -> None:
+        super().__init__(config)
+        shape = config.architecture
+        self.image: ImageTower | None = None
+        self.text: TextTower | None = None
+        if config.towers in ("both", "image"):
+            self.image = ImageTower(shape)
+            self.image_projection = nn.Linear(shape.width, shape.projection_dim, bias=False)
+        if config.towers in ("both", "text"):
+            self.text = TextTower(shape)
+            self.text_projection = nn.Linear(shape.width, shape.projection_dim, bias=False)
+        absent = {"both": [], "image": ["text"], "text": ["image"]}[config.towers]
+        self._keys_to_ignore_on_load_unexpected = [rf"^{tower}[._]" for tower in absent]
+        self.shared = Stack(shape, shape.shared_layers)
+        self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
+        self.post_init()
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        """Start as the released code does (torchscale sub-LN); every rule stands here.
+
+        Linear and convolution: torch's defaults; the value, output and feed-forward layers of a
+        stack of n are then drawn wider by sqrt(ln 2n). Token embedding N(0, 1/sqrt(D)); CLS token
+        0; positions N(0, position_init_std); projections N(0, 0.02); logit_scale ln(1/0.07).
+        """
+        if isinstance(module, nn.Linear | nn.Conv2d | nn.LayerNorm | nn.GroupNorm):
+            module.reset_parameters()
+        elif isinstance(module, nn.Embedding):
+            nn.init.normal_(module.weight, std=module.embedding_dim**-0.5)
+        elif isinstance(module, ImageTower | TextTower):
+            nn.init.normal_(module.positions, std=self.config.position_init_std)
+            if isinstance(module, ImageTower):
+                nn.init.zeros_(module.cls_token)
+        elif isinstance(module, Stack) and len(module.blocks):
+            _init_sub_layer_norm(module)
+        elif module is self:
+            nn.init.constant_(self.logit_scale, math.log(1 / 0.07))
+            for name in ("image_projection", "text_projection"):
+                if (projection := getattr(self, name, None)) is not None:
+                    nn.init.normal_(projection.weight, std=0.02)
+
+    def encode_image(self, pixel_values: Tensor) -> Tensor:
+        """pixel_values: (B, 3, S, S) in 0..1. Returns (B, P), unit norm.
+
+        Raises ValueError on another picture size or when the image tower was not loaded.
+        """
+        return _unit_norm(self._image_features(pixel_values))
+
+    def encode_text(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        """input_ids: (M, L) int64, right-padded; attention_mask: (M, L), 1 where real.
+
+        Without a mask everything after the first end token is taken as padding. Returns (M, P),
+        unit norm. Raises ValueError on too long texts or when the text tower was not loaded.
+        """
+        return _unit_norm(self._text_features(input_ids, attention_mask))
+
+    def _image_features(self, pixel_values: Tensor) -> Tensor:
+        if self.image is None:
+            raise ValueError("this model was loaded with towers='text'; load it with towers='both'")
+        size = self.config.image_size
+        if tuple(pixel_values.shape[1:]) != (3, size, size):
+            raise ValueError(
+                f"pixel_values are {tuple(pixel_values.shape)}, expected (B, 3, {size}, {size})"
+            )
+        pixel_values = pixel_values.to(self.image.positions.dtype)
+        mean = pixel_values.new_tensor(self.config.image_mean)[:, None, None]
+        std = pixel_values.new_tensor(self.config.image_std)[:, None, None]
+        hidden_BLD = self.shared(self.image((pixel_values - mean) / std), None)
+        return self.image_projection(hidden_BLD[:, 0])
+
+    def _text_features(self, input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
+        if self.text is None:
+            raise ValueError(
+                "this model was loaded with towers='image'; load it with towers='both'"
+            )
+        if input_ids.ndim != 2 or input_ids.shape[1] > len(self.text.positions):
+            raise ValueError(
+                f"input_ids are {tuple(input_ids.shape)}, expected (M, L) with L at most "
+                f"{len(self.text.positions)}"
+            )
+        if attention_mask is None:
+            attention_mask = mask_up_to_end(input_ids, self.config.eos_token_id)
+        mask_ML = attention_mask.bool()
+        hidden_MLD = self.shared(self.text(input_ids, mask_ML), mask_ML)
+        return self.text_projection(hidden_MLD[:, 0])
+
+    def get_image_features(self, pixel_values: Tensor, **_: Any) -> BaseModelOutputWithPooling:
+        """transformers' name: `pooler_output` is (B, P), projected, not normalised."""
+        return BaseModelOutputWithPooling(pooler_output=self._image_features(pixel_values))  # pyright: ignore[reportArgumentType]
+
+    def get_text_features(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, **_: Any
+    ) -> BaseModelOutputWithPooling:
+        """transformers' name: `pooler_output` is (M, P), projected, not normalised."""
+        features = self._text_features(input_ids, attention_mask)
+        return BaseModelOutputWithPooling(pooler_output=features)  # pyright: ignore[reportArgumentType]
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        pixel_values: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        **_: Any,
+    ) -> M2EncoderOutput:
+        """Encode pictures (B, 3, S, S), texts (M, L) or both; with both also compare them."""
+        image = None if pixel_values is None else self.encode_image(pixel_values)
+        text = None if input_ids is None else self.encode_text(input_ids, attention_mask)
+        if image is None or text is None:
+            return M2EncoderOutput(image_embeds=image, text_embeds=text)  # pyright: ignore[reportArgumentType]
+        logits = self.logit_scale.float().exp() * image.float() @ text.float().T
+        return M2EncoderOutput(logits, logits.T, image, text)  # pyright: ignore[reportArgumentType]
+
+    @torch.no_grad()
+    def set_image_size(self, image_size: int) -> None:
+        """Take pictures of another size, a multiple of the patch: resize the position table."""
+        shape = self.config.architecture
+        if image_size % shape.patch_size:
+            raise ValueError(f"image_size {image_size} is no multiple of patch {shape.patch_size}")
+        if self.image is not None:
+            table = resize_positions(self.image.positions, image_size // shape.patch_size)
+            self.image.positions = nn.Parameter(table.clone())
+        self.config.image_size = image_size
+
+
+def mask_up_to_end(input_ids: Tensor, end_id: int) -> Tensor:
+    """Return (M, L) int64: 1 up to and including the first end token (padding may share its id)."""
+    is_end = (input_ids == end_id).long()
+    return ((is_end.cumsum(dim=1) - is_end) == 0).long()
+
+
+def _unit_norm(features: Tensor) -> Tensor:
+    return features / features.norm(dim=-1, keepdim=True)  # without epsilon, as released
+
+
+def _init_sub_layer_norm(stack: Stack) -> None:
+    gain = math.sqrt(math.log(2 * len(stack.blocks)))
+    for module in stack.modules():
+        if isinstance(module, Attention):
+            width = module.out.in_features
+            wider = [(module.qkv.weight[2 * width :], module.qkv.bias[2 * width :], width)]
+            wider += [(module.out.weight, module.out.bias, width)]
+        elif isinstance(module, FeedForward):
+            wider = [(fc.weight, fc.bias, fc.in_features) for fc in (module.fc1, module.fc2)]
+        else:
+            continue
+        for weight, bias, fan_in in wider:
+            nn.init.uniform_(weight, -gain / fan_in**0.5, gain / fan_in**0.5)
+            nn.init.uniform_(bias, -gain / fan_in**0.5, gain / fan_in**0.5)
+
+
+M2EncoderConfig.register_for_auto_class()
+M2Encoder.register_for_auto_class("AutoModel")
