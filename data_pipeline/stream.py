@@ -35,7 +35,8 @@ class Sample(NamedTuple):
 class TrainingStream:
     """Batches of augmented pictures and tokenised captions by optimizer step.
 
-    Raises DataError when there are fewer pairs than one batch takes.
+    Raises DataError when there are fewer pairs than one batch takes, or a language has no caption
+    at all.
     """
 
     def __init__(
@@ -52,6 +53,11 @@ class TrainingStream:
             raise DataError(
                 f"{settings.train}: {len(reader)} pairs, a batch takes {settings.batch_size}; "
                 f"lower data.batch_size or add data"
+            )
+        if absent := [lang for lang in languages if not reader.index.captions.get(lang)]:
+            raise DataError(
+                f"{settings.train}: no captions in {' or '.join(absent)}, an objective needs them; "
+                f"add some, or name only the other objectives"
             )
         self.settings = settings
         self.languages = tuple(languages)
@@ -70,9 +76,9 @@ class TrainingStream:
         size = self.settings.batch_size
         loader = DataLoader(
             self._samples,
-            batch_sampler=[
+            batch_sampler=(  # a generator: all places of a long run do not fit in memory
                 [(step, row) for row in range(size)] for step in range(first_step, last_step)
-            ],
+            ),
             num_workers=self.settings.workers,
             collate_fn=self._collate,
             multiprocessing_context="spawn" if self.settings.workers else None,

@@ -76,10 +76,16 @@ def load_checkpoint(path: Path, model: nn.Module, optimizer: torch.optim.Optimiz
     Raises CheckpointError if it is damaged or of another model.
     """
     try:
-        progress = Progress(**json.loads((path / "progress.json").read_text()))
+        raw = json.loads((path / "progress.json").read_text())
+        if raw.get("format") != FORMAT:
+            raise CheckpointError(
+                f"{path}: checkpoint format {raw.get('format')}, this version reads {FORMAT}; "
+                f"go on with the version that wrote it, or choose another --out"
+            )
+        progress = Progress(**raw)
         weights = load_file(path / "model.safetensors")
         state = load_file(path / "optimizer.safetensors")
-    except (OSError, SafetensorError, ValueError, TypeError) as error:
+    except (OSError, SafetensorError, ValueError, TypeError, AttributeError) as error:
         raise CheckpointError(
             f"{path}: damaged checkpoint ({error}); delete it to go on from an earlier one"
         ) from None

@@ -66,6 +66,10 @@ class Data:
     def __post_init__(self) -> None:
         _require(self.batch_size >= 2, f"data.batch_size must be at least 2, got {self.batch_size}")
         _require(self.workers >= 0, f"data.workers must not be negative, got {self.workers}")
+        _require(
+            0 <= self.max_bad_fraction <= 1,
+            f"data.max_bad_fraction must lie in [0, 1], got {self.max_bad_fraction}",
+        )
 
 
 @dataclass(frozen=True)
@@ -114,7 +118,12 @@ class Optim:
 
     def __post_init__(self) -> None:
         _require(self.lr > 0, f"optim.lr must be positive, got {self.lr}")
-        _require(self.warmup_steps >= 0, f"optim.warmup_steps is negative: {self.warmup_steps}")
+        for name in ("warmup_steps", "weight_decay", "eps"):
+            value = getattr(self, name)
+            _require(value >= 0, f"optim.{name} must not be negative, got {value}")
+        for name in ("beta1", "beta2"):
+            value = getattr(self, name)
+            _require(0 <= value < 1, f"optim.{name} must lie in [0, 1), got {value}")
         _require(
             self.clip_grad_norm > 0, f"optim.clip_grad_norm must be > 0, got {self.clip_grad_norm}"
         )
@@ -157,7 +166,9 @@ class PretrainConfig:
         _require(bool(self.objectives), "objectives is empty, expected at least one")
         names = [objective.name for objective in self.objectives]
         _require(len(set(names)) == len(names), f"objectives repeat a name: {', '.join(names)}")
-        for name in ("epochs", "log_every_steps", "save_every_steps", "keep_checkpoints"):
+        at_least_one = ("epochs", "evaluate_every_epochs", "log_every_steps", "save_every_steps")
+        for name in (*at_least_one, "keep_checkpoints"):
             _require(
                 getattr(self, name) >= 1, f"{name} must be at least 1, got {getattr(self, name)}"
             )
+        _require(self.seed >= 0, f"seed must not be negative, got {self.seed}")

@@ -9,7 +9,7 @@ import json
 import logging
 import os
 import unicodedata
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
@@ -25,7 +25,7 @@ from m2encoder.errors import DataError
 from m2encoder.images import ImageSource, open_image
 from m2encoder.model.image_processing_m2encoder import M2EncoderImageProcessor
 from m2encoder.model.modeling_m2encoder import M2Encoder
-from m2encoder.tokenizer import MAX_TEXT_CHARACTERS
+from m2encoder.tokenizer import clip, normalize
 
 logger = logging.getLogger(__name__)
 
@@ -67,6 +67,7 @@ class Encoder:
         self.tokenizer = tokenizer
         self.name = name
         self.folder = folder
+        self._told_of_truncation = False
 
     @property
     def dim(self) -> int:
@@ -134,7 +135,7 @@ class Encoder:
         """Encode texts in Chinese, English or both.
 
         Returns (M, dim) float32, unit norm. Texts over the model's token limit are truncated, with
-        one warning. Raises DataError naming a text that is empty.
+        one warning per Encoder. Raises DataError naming a text that is empty.
         """
         many = [texts] if isinstance(texts, str) else texts
         return self._encode(
@@ -142,31 +143,41 @@ class Encoder:
             batch_size, on_error, skipped, show_progress, convert_to_tensor,
         )  # fmt: skip
 
-    def encode(self, items: Any, **options: Any) -> Any:
+    def encode(
+        self,
+        items: Any,
+        *,
+        batch_size: int = 64,
+        on_error: OnError = "raise",
+        skipped: list[BadItem] | None = None,
+        show_progress: bool | None = None,
+        convert_to_tensor: bool = False,
+    ) -> Any:
         """Encode a mixed list: a `str` is always text; a Path, bytes, image or array a picture.
 
-        Takes the options of `encode_image`. Returns (N, dim) in the order of the items.
+        Returns (N, dim) in the order of the items.
         """
         many = items if isinstance(items, list | tuple) else [items]
-        tensor = options.pop("convert_to_tensor", False)
-        skipped = options.pop("skipped", None)
         rows: dict[int, Tensor] = {}
         bad: list[BadItem] = []
-        for is_text, encode in ((False, self.encode_image), (True, self.encode_text)):
+        for is_text in (False, True):
             where = [i for i, item in enumerate(many) if isinstance(item, str) == is_text]
             missed: list[BadItem] = []
-            vectors = encode(
-                [many[i] for i in where], skipped=missed, convert_to_tensor=True, **options
-            )
+            found = self._encode(
+                [many[i] for i in where],
+                _checked_text if is_text else self._pixels,
+                self._text_vectors if is_text else self._image_vectors,
+                "texts" if is_text else "pictures",
+                batch_size, on_error, missed, show_progress, True, where,
+            )  # fmt: skip
             gone = {item.position for item in missed}
-            kept = [i for n, i in enumerate(where) if n not in gone]
-            rows.update(zip(kept, vectors, strict=True))
-            bad += [item._replace(position=where[item.position]) for item in missed]
+            rows.update(zip([i for i in where if i not in gone], found, strict=True))
+            bad += missed
         if skipped is not None:
             skipped.extend(sorted(bad))
         empty = torch.zeros(0, self.dim, device=self.device)
         result = torch.stack([rows[i] for i in sorted(rows)]) if rows else empty
-        return result if tensor else result.cpu().numpy()
+        return result if convert_to_tensor else result.cpu().numpy()
 
     def similarity(self, a: Any, b: Any) -> np.ndarray[Any, Any]:
         """Cosine similarity (N, M) float32 of vectors a (N, dim) and b (M, dim)."""
@@ -183,8 +194,10 @@ class Encoder:
         """Return (N, K) float32: per picture the probability of each label, zh or en.
 
         templates: strings with one `{}`; by default a few in the language of each label.
-        Raises ValueError when labels are fewer than two or repeat.
+        Raises ValueError when labels are fewer than two or repeat, or a template has no `{}`.
         """
+        if bad := [template for template in templates or () if "{}" not in template]:
+            raise ValueError(f"template {bad[0]!r} has no {{}} for the label")
         if len(set(labels)) != len(labels) or len(labels) < 2:
             raise ValueError(f"labels must be two or more different ones, got {list(labels)}")
         classes = [
@@ -212,14 +225,17 @@ class Encoder:
         skipped: list[BadItem] | None,
         show_progress: bool | None,
         convert_to_tensor: bool,
+        where: Sequence[int] | None = None,
     ) -> Any:
+        """Encode items of one kind; `where` gives their positions in the caller's list."""
         if on_error not in ("raise", "skip"):
             raise ValueError(f"on_error is {on_error!r}, expected 'raise' or 'skip'")
         hide = len(items) <= batch_size or None if show_progress is None else not show_progress
         bad: list[BadItem] = []
         done = [torch.zeros(0, self.dim, device=self.device)]
         with torch.inference_mode(), tqdm(total=len(items), unit=f" {what}", disable=hide) as bar:
-            for batch in _prepared(items, prepare, what, batch_size, on_error, bad, bar):
+            placed = zip(where or range(len(items)), items, strict=True)
+            for batch in _prepared(placed, prepare, what, batch_size, on_error, bad, bar):
                 done.append(vectors(batch).float())
         if skipped is not None:
             skipped.extend(bad)
@@ -227,29 +243,27 @@ class Encoder:
         return result if convert_to_tensor else result.cpu().numpy()
 
     def _pixels(self, image: ImageSource, name: str) -> np.ndarray[Any, Any]:
-        named = None if isinstance(image, str | os.PathLike) else name
-        return self.image_processor.to_pixels(open_image(image, name=named))
+        return self.image_processor.to_pixels(open_image(image, name=name))
 
     def _image_vectors(self, pixels: list[Any]) -> Tensor:
         return self.model.encode_image(torch.from_numpy(np.stack(pixels)).to(self.device))
 
     def _text_vectors(self, texts: list[str]) -> Tensor:
-        left = self.tokenizer.truncation_side == "left"
-        texts = [t[-MAX_TEXT_CHARACTERS:] if left else t[:MAX_TEXT_CHARACTERS] for t in texts]
+        side = "left" if self.tokenizer.truncation_side == "left" else "right"
+        texts = [clip(text, side) for text in texts]
         inputs = self.tokenizer(texts, padding=True, truncation=True, return_tensors="pt")
         limit = self.tokenizer.model_max_length
-        if full := int((inputs["attention_mask"].sum(dim=1) >= limit).sum()):
-            lost = "start" if left else "end"
-            logger.warning(
-                "%d texts fill all %d tokens; longer ones lose their %s", full, limit, lost
-            )
+        if inputs["input_ids"].shape[1] >= limit and not self._told_of_truncation:
+            self._told_of_truncation = True
+            lost = "start" if side == "left" else "end"
+            logger.warning("a text fills all %d tokens; longer ones lose their %s", limit, lost)
         return self.model.encode_text(
             inputs["input_ids"].to(self.device), inputs["attention_mask"].to(self.device)
         )
 
 
 def _prepared(
-    items: Sequence[Any],
+    placed: Iterable[tuple[int, Any]],
     prepare: Callable[[Any, str], Any],
     what: str,
     batch_size: int,
@@ -259,15 +273,15 @@ def _prepared(
 ) -> Iterator[list[Any]]:
     """Yield batches of prepared items; bad ones raise, or are logged and collected in `bad`."""
     batch: list[Any] = []
-    for position, item in enumerate(items):
-        name = f"{what.removesuffix('s')} {position}"
+    for position, item in placed:
+        is_path = what == "pictures" and isinstance(item, str | os.PathLike)
+        name = str(item) if is_path else f"{what.removesuffix('s')} {position}"
         try:
             batch.append(prepare(item, name))
         except DataError as error:
             if on_error == "raise":
                 raise
-            shown = str(item) if isinstance(item, Path) else name
-            bad.append(BadItem(position, shown, str(error)))
+            bad.append(BadItem(position, name, str(error)))
             logger.warning("skipped %s", error)
         bar.update()
         if len(batch) == batch_size:
@@ -280,11 +294,12 @@ def _prepared(
 def _checked_text(text: str, name: str) -> str:
     if not isinstance(text, str):
         raise TypeError(f"{name} is a {type(text).__name__}, expected a str")
-    if not text.strip():
-        raise DataError(
-            f"{name}: empty, expected at least one character; remove it or skip bad ones"
-        )
-    return text
+    try:
+        if normalize(text):
+            return text
+    except DataError as error:
+        raise DataError(f"{name}: {error}") from None
+    raise DataError(f"{name}: empty, expected at least one character; remove it or skip bad ones")
 
 
 def language_of(text: str) -> Literal["zh", "en"]:

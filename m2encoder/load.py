@@ -23,6 +23,15 @@ from m2encoder.model.processing_m2encoder import M2EncoderProcessor
 from m2encoder.presets import list_presets
 from m2encoder.tokenizer import write_tokenizer_class
 
+FILES = (
+    "config.json",
+    "model.safetensors",
+    "processor_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+)
+"""What a model folder holds at least; the weights may also come in several files."""
+
 
 def load_model(
     path: str | os.PathLike[str],
@@ -41,12 +50,12 @@ def load_model(
     folder = Path(path)
     _check_folder(folder, str(path))
     model = _load_weights(folder, dtype, towers)
-    try:
-        processor = M2EncoderImageProcessor.from_pretrained(folder)
-        tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
-    except (OSError, ValueError, TypeError) as error:
-        raise CheckpointError(f"{folder}: cannot read its preprocessing ({error})") from None
-    assert isinstance(processor, M2EncoderImageProcessor)
+    processor, tokenizer = _load_preprocessing(folder)
+    if processor.size_px != (size := model.config.image_size):
+        raise CheckpointError(
+            f"{folder}: processor_config.json makes pictures of {processor.size_px} pixels, "
+            f"config.json expects {size}; were they saved together?"
+        )
     if image_size is not None:
         model.set_image_size(image_size)
         processor.size_px = image_size
@@ -63,50 +72,83 @@ def _check_folder(folder: Path, asked: str) -> None:
         )
     if not folder.is_dir():
         raise CheckpointError(f"{asked}: no such model folder; check the path")
-    for name in ("config.json", "model.safetensors", "processor_config.json", "tokenizer.json"):
+    for name in FILES:
         sharded = name == "model.safetensors" and (folder / (name + ".index.json")).is_file()
         if not (folder / name).is_file() and not sharded:
             raise CheckpointError(
                 f"{folder}: no {name}, expected a model folder as `m2enc pretrain` exports it"
             )
     try:
-        kind = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type")
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise CheckpointError(f"{folder}/config.json: damaged ({error})") from None
+    kind = config.get("model_type") if isinstance(config, dict) else None
     if kind != "m2_encoder":
         raise CheckpointError(f"{folder}: model_type is {kind!r}, expected 'm2_encoder'")
 
 
 def _load_weights(folder: Path, dtype: str, towers: Towers) -> M2Encoder:
     try:
-        with _no_bars():
+        with _quiet():
             model, info = cast(Any, M2Encoder.from_pretrained)(
-                folder, dtype=getattr(torch, dtype), towers=towers, output_loading_info=True
+                folder,
+                dtype=getattr(torch, dtype),
+                towers=towers,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # named below, with both shapes
             )
-    except (OSError, RuntimeError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise CheckpointError(f"{folder}: cannot load its weights ({reason})") from None
+    except (OSError, RuntimeError, ValueError, TypeError) as error:
+        raise CheckpointError(f"{folder}: cannot load its weights ({_line(error)})") from None
     except Exception as error:  # safetensors' own error type has no public name
         if type(error).__name__ != "SafetensorError":
             raise
         raise CheckpointError(f"{folder}/model.safetensors: damaged file ({error})") from None
-    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-        if keys := sorted(map(str, info[kind])):
+    wrong_shapes = [
+        f"{name} is {tuple(found)}, expected {tuple(expected)}"
+        for name, found, expected in info["mismatched_keys"]
+    ]
+    for what, items in (
+        ("lacks", info["missing_keys"]),
+        ("has unexpected", info["unexpected_keys"]),
+        ("does not fit config.json:", wrong_shapes),
+    ):
+        if names := sorted(map(str, items)):
+            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
             raise CheckpointError(
-                f"{folder}: {kind.replace('_', ' ')} in its weights: {', '.join(keys[:3])}"
-                f"{f' and {len(keys) - 3} more' if len(keys) > 3 else ''}"
+                f"{folder}/model.safetensors {what} {', '.join(names[:3])}{more}; was it saved "
+                f"by another model?"
             )
     return model
 
 
+def _load_preprocessing(folder: Path) -> tuple[M2EncoderImageProcessor, PreTrainedTokenizerFast]:
+    try:
+        processor = M2EncoderImageProcessor.from_pretrained(folder)
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
+    except Exception as error:  # a damaged file may raise anything, from KeyError to Rust's own
+        raise CheckpointError(f"{folder}: cannot read its preprocessing ({_line(error)})") from None
+    assert isinstance(processor, M2EncoderImageProcessor)
+    return processor, tokenizer
+
+
+def _line(error: Exception) -> str:
+    """Return the first line of what an error says, else its type."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
 @contextmanager
-def _no_bars() -> Iterator[None]:
-    """Silence transformers' own progress bars; a local folder opens at once."""
-    had_bars = transformers_logging.is_progress_bar_enabled()
+def _quiet() -> Iterator[None]:
+    """Silence transformers' progress bars and reports; load_model says itself what is wrong."""
+    had_bars, verbosity = (
+        transformers_logging.is_progress_bar_enabled(),
+        transformers_logging.get_verbosity(),
+    )
     transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()
     try:
         yield
     finally:
+        transformers_logging.set_verbosity(verbosity)
         if had_bars:
             transformers_logging.enable_progress_bar()
 
@@ -120,7 +162,7 @@ def _best_device() -> str:
 def save_model_folder(encoder: Encoder, folder: Path, *, sp_model: bytes | None = None) -> None:
     """Write all that `load_model` and transformers need; sp_model serves further training."""
     folder.mkdir(parents=True, exist_ok=True)
-    with _no_bars():
+    with _quiet():
         encoder.model.save_pretrained(folder)
     M2EncoderProcessor(encoder.image_processor, encoder.tokenizer).save_pretrained(folder)
     write_tokenizer_class(folder)

@@ -6,9 +6,8 @@ Training encodes with sentencepiece (about ten times faster); a model folder car
 
 import io
 import json
-import re
-import unicodedata
-from collections.abc import Iterable, Sequence
+import logging
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -19,6 +18,8 @@ from transformers import PreTrainedTokenizerFast
 
 from m2encoder.errors import ConfigError, DataError
 
+logger = logging.getLogger(__name__)
+
 PAD_ID, UNK_ID, CLS_ID, END_ID = 0, 1, 2, 3
 # Full-width brackets keep them out of reach: NFKC folds them, so no text can spell a special token.
 PAD, UNK, CLS, END = "＜pad＞", "＜unk＞", "＜cls＞", "＜end＞"
@@ -26,6 +27,13 @@ ASCII = "".join(map(chr, range(33, 127)))
 MAX_SENTENCE_BYTES = 65_536
 MAX_TEXT_CHARACTERS = 10_000
 """Characters of a text that are looked at; far beyond any model's token limit."""
+NORMALIZER = normalizers.Sequence(
+    [
+        normalizers.NFKC(),
+        normalizers.Replace(Regex(r"[\s\x{2581}]+"), " "),
+        normalizers.Strip(),
+    ]
+)
 
 TruncationSide = Literal["left", "right"]
 
@@ -40,10 +48,25 @@ class TextBatch(NamedTuple):
 def normalize(text: str) -> str:
     """Fold to NFKC (full-width letters become ASCII), then one space between words, none outside.
 
-    Done here and in `tokenizer.json` alike, never inside SentencePiece: its own rules do not carry
-    over to the fast tokenizer.
+    Done here and in `tokenizer.json` by one and the same normalizer, never inside SentencePiece,
+    whose own rules do not carry over to the fast tokenizer, nor by Python, whose Unicode tables are
+    others in every version. Raises DataError on half of a surrogate pair, which is no character.
     """
-    return re.sub(r"[\s\u2581]+", " ", unicodedata.normalize("NFKC", text)).strip()
+    try:
+        return NORMALIZER.normalize_str(text)
+    except UnicodeEncodeError as error:
+        raise DataError(
+            f"text holds half of a surrogate pair (character {error.start}), expected valid "
+            f"Unicode; read it again with the right encoding"
+        ) from None
+
+
+def clip(text: str, side: TruncationSide) -> str:
+    """Return the part of a long text that is looked at; truncation drops the rest anyway."""
+    if len(text) <= MAX_TEXT_CHARACTERS:
+        return text
+    text = text.strip()
+    return text[-MAX_TEXT_CHARACTERS:] if side == "left" else text[:MAX_TEXT_CHARACTERS]
 
 
 def train_tokenizer(texts: Iterable[str], *, vocab_size: int) -> bytes:
@@ -54,7 +77,7 @@ def train_tokenizer(texts: Iterable[str], *, vocab_size: int) -> bytes:
     vocab_size is an upper bound: little text gives fewer pieces. Raises DataError without texts and
     ConfigError if it is too small for the characters seen (256 bytes and ASCII are always in).
     """
-    sentences = [line for text in texts if (line := normalize(text))]
+    sentences = list(_normalized(texts))
     if not sentences:
         raise DataError("no text to train a tokenizer on, expected zh and en captions")
     model = io.BytesIO()
@@ -83,12 +106,24 @@ def train_tokenizer(texts: Iterable[str], *, vocab_size: int) -> bytes:
             eos_piece=END,
         )
     except RuntimeError as error:
-        reason = str(error).rpartition("] ")[2]
+        reason = str(error).rpartition("] ")[2].partition(" or decrease")[0] or str(error).strip()
         raise ConfigError(
             f"cannot train a tokenizer of vocab_size {vocab_size} on {len(sentences):,} texts: "
             f"{reason}"
         ) from None
     return model.getvalue()
+
+
+def _normalized(texts: Iterable[str]) -> Iterator[str]:
+    """Yield what is left to train on; a broken text is no reason to stop."""
+    for text in texts:
+        try:
+            line = normalize(text)
+        except DataError as error:
+            logger.warning("left out of the tokenizer's training: %s", error)
+            continue
+        if line:
+            yield line
 
 
 class TextTokenizer:
@@ -101,14 +136,18 @@ class TextTokenizer:
     def __init__(
         self, model: bytes, *, max_length: int, truncation_side: TruncationSide = "left"
     ) -> None:
+        if not model:
+            raise DataError("an empty file is no SentencePiece model; train one first")
         try:
             self._processor = sentencepiece.SentencePieceProcessor(model_proto=model)
         except RuntimeError as error:
             raise DataError(f"not a SentencePiece model ({error}); train one first") from None
-        if self._processor.bos_id() != CLS_ID or self._processor.eos_id() != END_ID:
+        size = self._processor.vocab_size()
+        first = [self._processor.id_to_piece(i) for i in range(min(size, 4))]
+        if first != [PAD, UNK, CLS, END]:
             raise DataError(
-                "this SentencePiece model was not trained by m2encoder (its special ids differ); "
-                "train one with: m2enc tokenizer train"
+                f"this SentencePiece model begins with {' '.join(first) or 'nothing'}, expected "
+                f"{PAD} {UNK} {CLS} {END}; train one of ours with: m2enc tokenizer train"
             )
         self.model = model
         self.max_length = max_length
@@ -131,10 +170,8 @@ class TextTokenizer:
     def encode(self, text: str) -> list[int]:
         """Return the ids of one text, truncated, special tokens included."""
         keep = self.max_length - 2
-        # All but `keep` pieces are dropped anyway: look at no more than a window of the text.
-        window = text[-MAX_TEXT_CHARACTERS:] if self.truncation_side == "left" else text
-        ids: list[int] = self._processor.encode(normalize(window[:MAX_TEXT_CHARACTERS]))
-        ids = ids[-keep:] if self.truncation_side == "left" else ids[:keep]
+        ids: list[int] = self._processor.encode(normalize(clip(text, self.truncation_side)))
+        ids = ids[max(0, len(ids) - keep) :] if self.truncation_side == "left" else ids[:keep]
         return [CLS_ID, *ids, END_ID]
 
     def __call__(self, texts: Sequence[str]) -> TextBatch:
@@ -148,19 +185,17 @@ class TextTokenizer:
         return TextBatch(ids, mask)
 
     def to_fast(self) -> PreTrainedTokenizerFast:
-        """Return the same tokenizer for transformers; no text can spell a special token."""
+        """Return the same tokenizer for transformers; no text can spell a special token.
+
+        Ids are equal for every text (tests compare random Unicode), as far as `clip` reaches: a
+        longer text is cut before it is split here, after it there.
+        """
         sp = self._processor
         vocab = {sp.id_to_piece(i): i for i in range(sp.vocab_size())}
         fast = Tokenizer(
             models.BPE(vocab, _merges(sp), unk_token=UNK, fuse_unk=True, byte_fallback=True)
         )
-        fast.normalizer = normalizers.Sequence(
-            [
-                normalizers.NFKC(),
-                normalizers.Replace(Regex(r"[\s\x{2581}]+"), " "),
-                normalizers.Strip(),
-            ]
-        )
+        fast.normalizer = NORMALIZER
         fast.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always", split=True)
         fast.decoder = decoders.Sequence(
             [decoders.ByteFallback(), decoders.Metaspace(prepend_scheme="always", split=True)]

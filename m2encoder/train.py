@@ -152,6 +152,7 @@ def resume(
 def evaluate(encoder: Encoder, evaluators: Mapping[str, Evaluator]) -> dict[str, float]:
     """Run every evaluator on the model as it stands; returns `eval/name/value` to number."""
     encoder.model.eval()
+    encoder.__dict__.pop("fingerprint", None)  # cached, and of earlier weights
     return {
         f"eval/{name}/{key}": value
         for name, run in evaluators.items()
@@ -162,10 +163,13 @@ def evaluate(encoder: Encoder, evaluators: Mapping[str, Evaluator]) -> dict[str,
 def check_dropped(
     newly: list[tuple[str, str]], dropped: int, samples: int, max_bad_fraction: float
 ) -> None:
-    """Log each unusable pair; raise DataError when they are more than the stated share."""
+    """Log each unusable pair; raise DataError when they are more than the stated share.
+
+    One bad pair is forgiven however early it comes, unless the share is 0.
+    """
     for _, reason in newly:
         logger.warning("dropped: %s", reason)
-    if newly and dropped > max(1.0, max_bad_fraction * samples):
+    if newly and dropped > max(1.0 * (max_bad_fraction > 0), max_bad_fraction * samples):
         raise DataError(
             f"{dropped} of the first {samples} pairs could not be used, more than "
             f"data.max_bad_fraction {max_bad_fraction:g} allows; the last: {newly[-1][1]}"

@@ -4,15 +4,17 @@ Nothing heavy is imported before a command is known, so `m2enc --help` answers a
 """
 
 import argparse
+import difflib
 import inspect
 import json
 import logging
 import os
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import fields, is_dataclass
 from importlib import import_module
-from itertools import pairwise
+from itertools import takewhile
 from typing import Any, NamedTuple
 
 from m2encoder.errors import ConfigError, M2EncoderError
@@ -98,7 +100,7 @@ def _help(words: list[str]) -> int:
     group = words[0] if words and not words[0].startswith("-") else ""
     shown = {n: c for n, c in COMMANDS.items() if not group or n.startswith(group + " ")}
     wanted = not words or words[-1] in ("-h", "--help")
-    if not shown or not (wanted or len(words) == 1):
+    if not shown or not (wanted or (group and len(words) == 1)):
         known = ", ".join(COMMANDS)
         raise ConfigError(f"no command {' '.join(words[:2])!r}; expected one of: {known}")
     width = max(map(len, COMMANDS)) + 2
@@ -119,9 +121,10 @@ def call_with_options(function: Callable[..., Any], name: str, words: Sequence[s
     """Read `words` as the function's parameters and call it.
 
     Keyword-only parameters are options, the others positional; dashes and underscores in option
-    names are alike. A function that names a dataclass as `options_class` is called with an instance
-    of it, filled from `--config` (a file or the name of a shipped one) and from options named after
-    its fields. Raises ConfigError with one line on anything unknown or ill-typed.
+    names are alike, and a bool alone means true. A function that names a dataclass as
+    `options_class` is called with an instance of it, filled from `--config` (a file or the name of
+    a shipped one) and from options named after its fields. Raises ConfigError with one line on
+    anything unknown or ill-typed.
     """
     import jsonargparse
 
@@ -129,35 +132,41 @@ def call_with_options(function: Callable[..., Any], name: str, words: Sequence[s
 
     class Parser(jsonargparse.ArgumentParser):
         def format_help(self) -> str:
-            return re.sub(r"--[a-z][\w.]*", lambda m: m[0].replace("_", "-"), super().format_help())
+            return _plain_help(super().format_help())
 
     options_class = getattr(function, "options_class", None)
     parser = Parser(prog=f"m2enc {name}", description=_summary(function), exit_on_error=False)
+    positional: list[str] = []
+    lists: set[str] = set()
     if options_class is None:
-        kinds = {n: p.kind for n, p in inspect.signature(function).parameters.items()}
-        options = {n for n, kind in kinds.items() if kind is inspect.Parameter.KEYWORD_ONLY}
-        for is_option, skip in ((False, options), (True, kinds.keys() - options)):
+        parameters = inspect.signature(function).parameters
+        options = {n for n, p in parameters.items() if p.kind is inspect.Parameter.KEYWORD_ONLY}
+        positional = [n for n in parameters if n not in options]
+        lists = {n for n, p in parameters.items() if "list[" in str(p.annotation)}
+        for is_option, skip in ((False, options), (True, set(positional))):
             parser.add_function_arguments(
                 function, as_group=False, as_positional=not is_option, skip=set(skip)
             )
     else:
         parser.add_argument("--config", action="config", help="YAML file or shipped name")
-        parser.add_argument("--dry-run", action="store_true", help="print the plan and stop")
+        parser.add_argument("--dry_run", type=bool, default=False, help="print the plan and stop")
         parser.add_class_arguments(options_class, None)
+    defaults = parser.get_defaults()
+    known = {n for n in defaults.keys(branches=True) if n not in positional}
+    flags = {n for n in known if isinstance(defaults.get(n), bool)}
     try:
-        parsed = parser.parse_args(
-            _spelled(words) if options_class is None else _composed(_spelled(words))
-        )
+        spelled = _spelled(words, known=known, flags=flags, lists=lists, positional=positional)
+        parsed = parser.parse_args(spelled if options_class is None else _composed(spelled))
         given = dict(parser.instantiate_classes(parsed))
-    except jsonargparse.ArgumentError as error:
-        raise ConfigError(f"{name}: {error}") from None
-    except (ValueError, TypeError) as error:
-        raise ConfigError(f"{name}: {error}") from None
+    except (jsonargparse.ArgumentError, ValueError, TypeError) as error:
+        raise ConfigError(f"{name}: {_explained(str(error), known)}") from None
     given.pop("config", None)
     if options_class is None:
         return function(**given)
     dry_run = given.pop("dry_run")
-    return function(options_class(**given), dry_run=dry_run)
+    cfg = options_class(**given)
+    _check_groups(cfg, "")
+    return function(cfg, dry_run=dry_run)
 
 
 def _summary(function: Callable[..., Any]) -> str:
@@ -165,34 +174,105 @@ def _summary(function: Callable[..., Any]) -> str:
     return text.split("\n\n")[0].replace("\n", " ")
 
 
-def _spelled(words: Sequence[str]) -> list[str]:
-    """Spell option names with underscores, and gather `--name a b` into `--name=["a", "b"]`."""
+def _plain_help(text: str) -> str:
+    """Show option names with dashes, flags without a value, and lists as words."""
+    text = re.sub(r"--[a-z][\w.]*", lambda m: m[0].replace("_", "-"), text)
+    text = re.sub(r"(--[a-z][\w.-]*) \{true,false\}", r"\1", text)
+    return re.sub(r"'\[\"[A-Z]+1\",...\]'( \| LIST_OF_PATHS_FILE \| -)?", "PATH ...", text)
+
+
+def _spelled(
+    words: Sequence[str],
+    *,
+    known: Collection[str],
+    flags: Collection[str],
+    lists: Collection[str],
+    positional: Sequence[str],
+) -> list[str]:
+    """Write each option as `--name=value`, a list as JSON, and positional words last.
+
+    Raises ConfigError on an option that is not known.
+    """
     spelled: list[str] = []
-    for word in words:
-        if re.match(r"--[a-z]", word):
-            name, equals, value = word.partition("=")
-            spelled.append("--" + name[2:].replace("-", "_") + equals + value)
-        else:
-            spelled.append(word)
-    ends = [i for i, word in enumerate(spelled) if word.startswith("--")] + [len(spelled)]
-    for start, end in reversed(list(pairwise(ends))):
-        if end - start > 2 and "=" not in spelled[start]:
-            values = json.dumps(spelled[start + 1 : end], ensure_ascii=False)
-            spelled[start:end] = [f"{spelled[start]}={values}"]
-    return spelled
+    places: list[str] = []
+    rest = list(words)
+    while rest:
+        word = rest.pop(0)
+        if word == "-h" or not re.match(r"--[A-Za-z]", word):
+            (spelled if word == "-h" else places).append(word)
+            continue
+        name, equals, value = word[2:].partition("=")
+        name = name.replace("-", "_")
+        if name in ("help", "print_config") or name.endswith(".help"):
+            spelled.append("--" + name + equals + value)
+            continue
+        if name.removesuffix("+") not in known:
+            raise ConfigError(f"unknown option --{_dashed(name)}{_did_you_mean(name, known, '--')}")
+        if name in lists and not value.startswith("["):
+            values = [value] if equals else list(takewhile(lambda w: not w.startswith("--"), rest))
+            rest = rest if equals else rest[len(values) :]
+            equals, value = "=" if values else "", json.dumps(values, ensure_ascii=False)
+        elif name in flags and not equals and rest[:1] not in (["true"], ["false"]):
+            equals, value = "=", "true"
+        elif not equals and rest and not rest[0].startswith("--"):
+            equals, value = "=", rest.pop(0)
+        spelled.append("--" + name + equals + value if equals else "--" + name)
+    last = len(positional) - 1
+    if positional and positional[last] in lists and len(places) > last:
+        places[last:] = [json.dumps(places[last:], ensure_ascii=False)]
+    return spelled + places
 
 
 def _composed(words: list[str]) -> list[str]:
-    """Put each configuration in as one YAML text, its presets filled in."""
-    from m2encoder.cli.configuration import compose_config
+    """Put configurations and presets in as YAML text."""
+    from m2encoder.cli.configuration import compose_config, compose_model
 
-    words = ["--dry-run" if word == "--dry_run" else word for word in words]
+    composers = {"--config": compose_config, "--model": compose_model}
     for i, word in enumerate(words):
-        if word == "--config" and i + 1 < len(words):
-            words[i + 1] = compose_config(words[i + 1])
-        elif word.startswith("--config="):
-            words[i] = "--config=" + compose_config(word.removeprefix("--config="))
+        name, equals, value = word.partition("=")
+        if equals and name in composers:
+            words[i] = f"{name}={composers[name](value)}"
     return words
+
+
+def _explained(message: str, known: Collection[str]) -> str:
+    """Say what jsonargparse found wrong in plain words."""
+    text = " ".join(message.split())
+    if m := re.match(r"(?:Group '([\w.]+)' does not accept option|Option) '([\w.]+)'", text):
+        name = ".".join(filter(None, m.groups()))
+        return f"unknown setting {name}{_did_you_mean(name, known)}"
+    text = re.sub(r"Problem with given class_path '[\w.]+': ", "", text)
+    text = re.sub(r"Parser key \"([\w.]+)\":", r"\1:", text)
+    text = re.sub(r"<class '([\w.]+)'>", r"\1", text)
+    text = re.sub(r"Expected an? (typing\.)?Literal\[(.*?)\]", r"expected one of \2", text)
+    return re.sub(r"Expected an? (.*?)\. Got value:", r"expected \1, got", text).replace(
+        ". Got value:", ", got"
+    )
+
+
+def _did_you_mean(name: str, known: Collection[str], prefix: str = "") -> str:
+    """Return "; did you mean ...?" with the option spelled most like `name`."""
+    last = name.rpartition(".")[2]
+    close = difflib.get_close_matches(name, sorted(known), n=1)
+    close = close or [n for n in sorted(known) if n.rpartition(".")[2] == last][:1]
+    close = [_dashed(n) if prefix else n for n in close]
+    return f"; did you mean {prefix}{close[0]}?" if close else "; --help names those that exist"
+
+
+def _dashed(name: str) -> str:
+    return name.replace("_", "-")
+
+
+def _check_groups(group: Any, path: str) -> None:
+    """Raise ConfigError where a group of settings holds a mere value, as in `optim: 3`."""
+    for field in fields(group):
+        if isinstance(field.type, type) and is_dataclass(field.type):
+            value = getattr(group, field.name)
+            if not isinstance(value, field.type):
+                raise ConfigError(
+                    f"{path}{field.name}: expected a mapping of settings, got {value}"
+                )
+            _check_groups(value, f"{path}{field.name}.")
 
 
 if __name__ == "__main__":

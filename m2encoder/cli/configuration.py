@@ -4,6 +4,7 @@ Not for what the settings mean: config.py.
 """
 
 import shutil
+from dataclasses import asdict
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from typing import Any
 import yaml
 
 from m2encoder.errors import ConfigError
-from m2encoder.presets import preset_values
+from m2encoder.presets import preset, preset_values
 
 
 def shipped_configs() -> dict[str, Path]:
@@ -61,6 +62,13 @@ def compose_config(name: str) -> str:
         rest = {key: value for key, value in model.items() if key != "preset"}
         values["model"] = preset_values(model["preset"]) | rest
     return yaml.safe_dump(values, allow_unicode=True, sort_keys=False)
+
+
+def compose_model(name: str) -> str:
+    """Return what `--model NAME` sets as one YAML text; text that is no single word stays."""
+    if name.strip().startswith("{") or Path(name).is_file():
+        return name
+    return yaml.safe_dump(asdict(preset(name)))
 
 
 def list_configs() -> int:

@@ -47,6 +47,9 @@ class Architecture:
     learn faster from 0.02, because positions then do not drown patches and tokens."""
 
     def __post_init__(self) -> None:
+        for name in ("width", "num_heads", "projection_dim", "image_size", "patch_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.width % self.num_heads:
             raise ValueError(f"num_heads {self.num_heads} does not divide width {self.width}")
         if self.image_size % self.patch_size:

@@ -65,10 +65,9 @@ def resize_squash(picture: Image.Image, width: int, height: int) -> Image.Image:
 
 
 def resize_shortest_and_crop(picture: Image.Image, size_px: int) -> Image.Image:
-    """CLIP's transform: the shorter side to size_px, then the central square."""
-    scale = size_px / min(picture.size)
-    width = max(size_px, round(picture.width * scale))
-    height = max(size_px, round(picture.height * scale))
+    """CLIP's transform: the shorter side to size_px (the longer rounded down), then the centre."""
+    shortest = min(picture.size)
+    width, height = (size_px * side // shortest for side in picture.size)
     resized = resize_squash(picture, width, height)
     left, top = round((width - size_px) / 2), round((height - size_px) / 2)
     return resized.crop((left, top, left + size_px, top + size_px))

@@ -89,7 +89,7 @@ class M2Encoder(PreTrainedModel):
                     nn.init.normal_(projection.weight, std=0.02)
 
     def encode_image(self, pixel_values: Tensor) -> Tensor:
-        """pixel_values: (B, 3, S, S) in 0..1. Returns (B, P), unit norm.
+        """pixel_values: (B, 3, S, S) in 0..1. Returns (B, P) float32, unit norm.
 
         Raises ValueError on another picture size or when the image tower was not loaded.
         """
@@ -98,8 +98,9 @@ class M2Encoder(PreTrainedModel):
     def encode_text(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """input_ids: (M, L) int64, right-padded; attention_mask: (M, L), 1 where real.
 
-        Without a mask everything after the first end token is taken as padding. Returns (M, P),
-        unit norm. Raises ValueError on too long texts or when the text tower was not loaded.
+        Without a mask everything after the first end token is taken as padding. Returns (M, P)
+        float32, unit norm. Raises ValueError on wrong shapes, too long texts or when the text tower
+        was not loaded.
         """
         return _unit_norm(self._text_features(input_ids, attention_mask))
 
@@ -129,6 +130,11 @@ class M2Encoder(PreTrainedModel):
             )
         if attention_mask is None:
             attention_mask = mask_up_to_end(input_ids, self.config.eos_token_id)
+        if attention_mask.shape != input_ids.shape:
+            raise ValueError(
+                f"attention_mask is {tuple(attention_mask.shape)}, expected the shape of "
+                f"input_ids, {tuple(input_ids.shape)}"
+            )
         mask_ML = attention_mask.bool()
         hidden_MLD = self.shared(self.text(input_ids, mask_ML), mask_ML)
         return self.text_projection(hidden_MLD[:, 0])
@@ -163,8 +169,10 @@ class M2Encoder(PreTrainedModel):
     def set_image_size(self, image_size: int) -> None:
         """Take pictures of another size, a multiple of the patch: resize the position table."""
         shape = self.config.architecture
-        if image_size % shape.patch_size:
-            raise ValueError(f"image_size {image_size} is no multiple of patch {shape.patch_size}")
+        if image_size < 1 or image_size % shape.patch_size:
+            raise ValueError(
+                f"image_size is {image_size}, expected a multiple of patch_size {shape.patch_size}"
+            )
         if self.image is not None:
             table = resize_positions(self.image.positions, image_size // shape.patch_size)
             self.image.positions = nn.Parameter(table.clone())
@@ -178,6 +186,7 @@ def mask_up_to_end(input_ids: Tensor, end_id: int) -> Tensor:
 
 
 def _unit_norm(features: Tensor) -> Tensor:
+    features = features.float()  # half precision would leave a norm of 1 ± 0.002
     return features / features.norm(dim=-1, keepdim=True)  # without epsilon, as released
 
 

@@ -1,0 +1,267 @@
+"""One self-contained HTML page about a run: numbers, curves and searches in Chinese and English.
+
+Not for measuring (suite.py): it shows plain values that it is given.
+"""
+
+import base64
+import io
+import os
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib import resources
+from pathlib import Path
+from typing import Any, Literal
+
+from m2encoder.eval.charts import Line, line_chart
+from m2encoder.eval.markup import LANGUAGE_NAMES, Markup, element, section
+from m2encoder.eval.report_numbers import numbers_section
+from m2encoder.images import open_image
+
+Language = Literal["zh", "en"]
+LANGUAGES: tuple[Language, ...] = ("zh", "en")
+THUMBNAIL_PX = 256
+POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
+
+
+@dataclass(frozen=True)
+class FoundPicture:
+    """One search result."""
+
+    image: bytes
+    """The encoded picture."""
+    score: float
+    """Cosine similarity."""
+    description: str
+    """What it shows, for people who cannot see it: a caption in the query's language, or a name."""
+    fits: bool | None = None
+    """Whether it is what was asked for; None where nobody knows."""
+
+
+@dataclass(frozen=True)
+class Search:
+    """One query and its results, best first."""
+
+    query: str
+    hits: Sequence[FoundPicture]
+
+
+@dataclass(frozen=True)
+class ReportData:
+    """What the page shows; empty parts are left out."""
+
+    title: str
+    summary: str = ""
+    """One or two sentences under the title."""
+    glance: Sequence[tuple[str, str]] = ()
+    """A few short facts beside the title, as (value, what it counts): ("12,000", "pairs")."""
+    results: Mapping[str, Any] = field(default_factory=dict)
+    """What `eval.suite.evaluate` returned."""
+    metrics: Sequence[Mapping[str, Any]] = ()
+    """Rows of metrics.jsonl."""
+    searches: Sequence[tuple[Search, Search]] = ()
+    """The same query in Chinese and in English."""
+    attribution: str = ""
+    """Whom to name for the pictures."""
+    facts: Sequence[tuple[str, str]] = ()
+    """What was run, as (name, value): command, versions, seed, times, counts."""
+    next_steps: Sequence[tuple[str, str]] = ()
+    """(command, what it does)."""
+
+
+def write_report(out: Path, *, run: ReportData) -> None:
+    """Write the page to `out`, complete or not at all; it needs no other file and no network.
+
+    Raises DataError if a picture cannot be read.
+    """
+    out.parent.mkdir(parents=True, exist_ok=True)
+    temporary = out.with_name(out.name + ".tmp")
+    temporary.write_text(render(run), encoding="utf-8")
+    os.replace(temporary, out)
+
+
+def render(run: ReportData) -> str:
+    """Return the page as HTML."""
+    style = (resources.files("m2encoder.eval") / "report.css").read_text(encoding="utf-8")
+    head = element(
+        "head",
+        element("meta", charset="utf-8"),
+        element("meta", http_equiv="Content-Security-Policy", content=POLICY),
+        element("meta", name="viewport", content="width=device-width, initial-scale=1"),
+        element("meta", name="color-scheme", content="light dark"),
+        element("title", run.title),
+        element("style", Markup(style)),
+    )
+    sections = [numbers_section(run.results), _searches(run), _training(run.metrics), _run(run)]
+    body = element("body", _header(run), element("main", sections, _next(run.next_steps)))
+    return f"<!doctype html>\n{element('html', head, body, lang='en')}\n"
+
+
+def _header(run: ReportData) -> Markup:
+    glance = [
+        element("div", element("dt", what), element("dd", value)) for value, what in run.glance
+    ]
+    return element(
+        "header",
+        element("p", "m2encoder", class_="kicker"),
+        element("h1", run.title),
+        element("p", run.summary, class_="summary") if run.summary else None,
+        element("dl", glance, class_="glance") if glance else None,
+    )
+
+
+# --- searches ------------------------------------------------------------------------------------
+
+
+def _searches(run: ReportData) -> Markup | None:
+    if not run.searches:
+        return None
+    cards = [
+        element(
+            "article",
+            _side(zh, "zh"),
+            _side(en, "en"),
+            element("p", _agreement(zh, en), class_="agreement"),
+            class_="search",
+        )
+        for zh, en in run.searches
+    ]
+    credit = (
+        element("p", "Pictures: ", run.attribution, class_="credit") if run.attribution else None
+    )
+    note = "The same question in two languages: the pictures closest to it, with their cosine."
+    if any(hit.fits is not None for pair in run.searches for side in pair for hit in side.hits):
+        note += " ✓ marks those that fit."
+    return section("search", "What it finds", note, cards, credit)
+
+
+def _agreement(zh: Search, en: Search) -> str:
+    shared = {hit.image for hit in zh.hits} & {hit.image for hit in en.hits}
+    most = max(len(zh.hits), len(en.hits))
+    return f"{len(shared)} of {most} pictures found in both languages"
+
+
+def _side(search: Search, language: Language) -> Markup:
+    figures = [_found(hit, language) for hit in search.hits]
+    return element(
+        "div",
+        element(
+            "h3",
+            element("span", LANGUAGE_NAMES[language], class_=f"badge {language}"),
+            element("q", search.query),
+            lang=language,
+        ),
+        element("div", figures, class_="pictures"),
+        class_="side",
+    )
+
+
+def _found(hit: FoundPicture, language: Language) -> Markup:
+    mark = element(
+        "span", "✓", class_="fits", title="fits the query", role="img", aria_label="fits"
+    )
+    return element(
+        "figure",
+        element("img", src=picture_uri(hit.image), alt=hit.description, lang=language),
+        mark if hit.fits else None,
+        element("figcaption", f"{hit.score:.3f}"),
+        title=hit.description,
+    )
+
+
+def picture_uri(image: bytes) -> str:
+    """Return the picture as the model sees its colours, at most 256 pixels wide, as a data URI."""
+    picture = open_image(image, name="search result", upright=True)
+    picture.thumbnail((THUMBNAIL_PX, THUMBNAIL_PX))
+    is_small = max(picture.size) <= 128
+    stream = io.BytesIO()
+    picture.save(stream, "PNG" if is_small else "JPEG", quality=88)
+    kind = "png" if is_small else "jpeg"
+    return f"data:image/{kind};base64,{base64.b64encode(stream.getvalue()).decode()}"
+
+
+# --- training ------------------------------------------------------------------------------------
+
+
+def _training(metrics: Sequence[Mapping[str, Any]]) -> Markup | None:
+    charts = [
+        line_chart("Loss", _loss_lines(metrics), y_text=lambda y: f"{y:.3g}"),
+        line_chart(
+            "R@1 on validation data, mean of both directions",
+            _recall_lines(metrics),
+            y_text=lambda y: f"{100 * y:.0f} %",
+        ),
+        line_chart(
+            "Learning rate",
+            [_line("learning rate", metrics, "lr", "other")],
+            y_text=lambda y: f"{y:.2g}",
+        ),
+        line_chart(
+            "Speed",
+            [_line("samples per second", metrics, "samples_per_s", "other")],
+            y_text=lambda y: f"{y:,.0f}",
+        ),
+    ]
+    charts = [chart for chart in charts if chart]
+    if not charts:
+        return None
+    note = "Loss as it was measured while learning, step by step; faint lines are single readings."
+    return section("training", "How it learned", note, element("div", charts, class_="charts"))
+
+
+def _line(label: str, metrics: Sequence[Mapping[str, Any]], key: str, style: str) -> Line:
+    points = [(row["step"], row[key]) for row in metrics if row.get(key) is not None]
+    return Line(label, points, style)
+
+
+def _loss_lines(metrics: Sequence[Mapping[str, Any]]) -> list[Line]:
+    keys = dict.fromkeys(key for row in metrics for key in row if key.startswith("loss/"))
+    lines = [_line(key.removeprefix("loss/"), metrics, key, _style(key)) for key in keys]
+    return [*lines, _line("total", metrics, "loss", "total")] if len(keys) != 1 else lines
+
+
+def _style(key: str) -> str:
+    """Colour an objective by its language; one over both or neither gets a neutral colour."""
+    named = [language for language in LANGUAGES if language in re.split(r"[^a-z]+", key)]
+    return named[0] if len(named) == 1 else "other"
+
+
+def _recall_lines(metrics: Sequence[Mapping[str, Any]]) -> list[Line]:
+    """Average i2t_r1 and t2i_r1 of `eval/zh/...` or, under a data set's name, `eval/val/zh/...`."""
+    lines = []
+    for language in LANGUAGES:
+        points = []
+        for row in metrics:
+            wanted = re.compile(rf"eval/(?:[^/]+/)?{language}/(?:i2t|t2i)_r1")
+            values = [v for key, v in row.items() if wanted.fullmatch(key) and v is not None]
+            if values:
+                points.append((row["step"], sum(values) / len(values)))
+        lines.append(Line(LANGUAGE_NAMES[language], points, language))
+    return lines
+
+
+# --- what was run, and what to do next -----------------------------------------------------------
+
+
+def _run(run: ReportData) -> Markup | None:
+    facts = [*run.facts]
+    if data := run.results.get("data"):
+        facts.append(("measured on", f"{data['path']}, {data['count']:,} pairs"))
+        if data.get("skipped"):
+            facts.append(("left out", f"{len(data['skipped']):,} unreadable pictures or texts"))
+    if model := run.results.get("model"):
+        facts.append(("model", f"{model['name']}, fingerprint {model['fingerprint'][:16]}"))
+    if not facts:
+        return None
+    rows = [element("div", element("dt", name), element("dd", value)) for name, value in facts]
+    return section("run", "What was run", None, element("dl", rows, class_="facts"))
+
+
+def _next(steps: Sequence[tuple[str, str]]) -> Markup | None:
+    if not steps:
+        return None
+    items = [
+        element("li", element("p", what), element("pre", element("code", command)))
+        for command, what in steps
+    ]
+    return section("next", "What to type next", None, element("ol", items, class_="steps"))
