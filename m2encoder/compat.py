@@ -35,8 +35,10 @@ def mend_torchvision() -> bool:
 
     Declares the schemas of `nms` and `qnms` without an implementation: transforms and models work,
     while calling torchvision.ops.nms or decoding JPEG with torchvision still raises. Does nothing
-    where torchvision imports by itself.
+    where torchvision is absent or imports by itself.
     """
+    if find_spec("torchvision") is None:
+        return False
     try:
         import_module("torchvision")
     except RuntimeError as error:

@@ -103,10 +103,11 @@ def _load_weights(folder: Path, dtype: str, towers: Towers) -> M2Encoder:
         if type(error).__name__ != "SafetensorError":
             raise
         raise CheckpointError(f"{folder}/model.safetensors: damaged file ({error})") from None
-    wrong_shapes = [
-        f"{name} is {tuple(found)}, expected {tuple(expected)}"
-        for name, found, expected in info["mismatched_keys"]
-    ]
+    shapes = model.state_dict()
+    wrong_shapes = []
+    for entry in info["mismatched_keys"]:  # names; since transformers 5 with both shapes
+        name, found = (entry, "another") if isinstance(entry, str) else (entry[0], tuple(entry[1]))
+        wrong_shapes.append(f"{name} has shape {found}, expected {tuple(shapes[name].shape)}")
     for what, items in (
         ("lacks", info["missing_keys"]),
         ("has unexpected", info["unexpected_keys"]),

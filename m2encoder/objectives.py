@@ -47,7 +47,7 @@ def compute_losses(model: M2Encoder, batch: Batch, objectives: Sequence[Objectiv
     texts = _encode_captions(model, [batch.captions[language] for language in languages])
     by_language = dict(zip(languages, texts, strict=True))
     scale = model.logit_scale.exp()
-    total = 0.0 * scale  # keeps a gradient path when every term is left out
+    total = torch.zeros_like(scale)
     terms: dict[str, Tensor] = {}
     for objective in objectives:
         language = objective.name.removeprefix("image-")

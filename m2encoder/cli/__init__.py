@@ -12,7 +12,6 @@ import os
 import re
 import sys
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import fields, is_dataclass
 from importlib import import_module
 from itertools import takewhile
 from typing import Any, NamedTuple
@@ -60,7 +59,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = [word for word in words if word not in flags]
     level = logging.WARNING if "--quiet" in flags else logging.INFO
     logging.basicConfig(level=level, format="%(message)s", stream=sys.stderr)
-    logging.getLogger("httpx").setLevel(logging.WARNING)
+    for chatty in ("httpx", "faiss"):
+        logging.getLogger(chatty).setLevel(logging.WARNING)
     try:
         return _run(words)
     except M2EncoderError as error:
@@ -128,45 +128,64 @@ def call_with_options(function: Callable[..., Any], name: str, words: Sequence[s
     """
     import jsonargparse
 
+    options_class = getattr(function, "options_class", None)
+    parameters = {} if options_class else inspect.signature(function).parameters
+    positional = [n for n, p in parameters.items() if p.kind is not inspect.Parameter.KEYWORD_ONLY]
+    lists = {n for n, p in parameters.items() if "list[" in str(p.annotation)}
+    parser = _make_parser(function, name, positional)
+    defaults = parser.get_defaults()
+    known = {n for n in defaults.keys(branches=True) if n not in positional}
+    flags = {n for n in known if isinstance(defaults.get(n), bool)}
+    try:
+        spelled = _spelled(words, known=known, flags=flags, lists=lists, positional=positional)
+        parsed = parser.parse_args(_composed(spelled) if options_class else spelled)
+        for group in sorted(known - set(defaults.keys())):
+            if not isinstance(parsed.get(group), jsonargparse.Namespace):
+                found = parsed.get(group)
+                raise ConfigError(f"{name}: {group}: expected a mapping of settings, got {found}")
+        given = dict(parser.instantiate(parsed))
+    except (jsonargparse.ArgumentError, ValueError, TypeError) as error:
+        raise ConfigError(f"{name}: {_explained(str(error), known)}") from None
+    if options_class is None:
+        return function(**given)
+    dry_run, print_config, _ = (given.pop(n) for n in ("dry_run", "print_config", "config"))
+    cfg = options_class(**given)
+    if print_config:
+        from m2encoder.cli.configuration import to_yaml
+
+        print(to_yaml(cfg), end="")
+        return 0
+    return function(cfg, dry_run=dry_run)
+
+
+def _make_parser(function: Callable[..., Any], name: str, positional: Sequence[str]) -> Any:
+    """Return a jsonargparse parser of the function's parameters or of its `options_class`."""
+    import jsonargparse
+
     jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
     class Parser(jsonargparse.ArgumentParser):
         def format_help(self) -> str:
             return _plain_help(super().format_help())
 
-    options_class = getattr(function, "options_class", None)
-    parser = Parser(prog=f"m2enc {name}", description=_summary(function), exit_on_error=False)
-    positional: list[str] = []
-    lists: set[str] = set()
-    if options_class is None:
-        parameters = inspect.signature(function).parameters
-        options = {n for n, p in parameters.items() if p.kind is inspect.Parameter.KEYWORD_ONLY}
-        positional = [n for n in parameters if n not in options]
-        lists = {n for n, p in parameters.items() if "list[" in str(p.annotation)}
-        for is_option, skip in ((False, options), (True, set(positional))):
-            parser.add_function_arguments(
-                function, as_group=False, as_positional=not is_option, skip=set(skip)
-            )
-    else:
+    # jsonargparse's own --print_config cannot write a tuple of dataclasses
+    options: dict[str, Any] = {"exit_on_error": False, "print_config": None}
+    parser = Parser(prog=f"m2enc {name}", description=_summary(function), **options)
+    if options_class := getattr(function, "options_class", None):
         parser.add_argument("--config", action="config", help="YAML file or shipped name")
-        parser.add_argument("--dry_run", type=bool, default=False, help="print the plan and stop")
+        for flag, text in (
+            ("dry_run", "print the plan and stop"),
+            ("print_config", "print the configuration and stop"),
+        ):
+            parser.add_argument(f"--{flag}", type=bool, default=False, help=text)
         parser.add_class_arguments(options_class, None)
-    defaults = parser.get_defaults()
-    known = {n for n in defaults.keys(branches=True) if n not in positional}
-    flags = {n for n in known if isinstance(defaults.get(n), bool)}
-    try:
-        spelled = _spelled(words, known=known, flags=flags, lists=lists, positional=positional)
-        parsed = parser.parse_args(spelled if options_class is None else _composed(spelled))
-        given = dict(parser.instantiate_classes(parsed))
-    except (jsonargparse.ArgumentError, ValueError, TypeError) as error:
-        raise ConfigError(f"{name}: {_explained(str(error), known)}") from None
-    given.pop("config", None)
-    if options_class is None:
-        return function(**given)
-    dry_run = given.pop("dry_run")
-    cfg = options_class(**given)
-    _check_groups(cfg, "")
-    return function(cfg, dry_run=dry_run)
+        return parser
+    rest = inspect.signature(function).parameters.keys() - set(positional)
+    for as_positional, skip in ((True, rest), (False, set(positional))):
+        parser.add_function_arguments(
+            function, as_group=False, as_positional=as_positional, skip=set(skip)
+        )
+    return parser
 
 
 def _summary(function: Callable[..., Any]) -> str:
@@ -203,7 +222,7 @@ def _spelled(
             continue
         name, equals, value = word[2:].partition("=")
         name = name.replace("-", "_")
-        if name in ("help", "print_config") or name.endswith(".help"):
+        if name == "help" or name.endswith(".help"):
             spelled.append("--" + name + equals + value)
             continue
         if name.removesuffix("+") not in known:
@@ -224,7 +243,7 @@ def _spelled(
 
 
 def _composed(words: list[str]) -> list[str]:
-    """Put configurations and presets in as YAML text."""
+    """Put configurations and presets in as JSON text."""
     from m2encoder.cli.configuration import compose_config, compose_model
 
     composers = {"--config": compose_config, "--model": compose_model}
@@ -241,6 +260,8 @@ def _explained(message: str, known: Collection[str]) -> str:
     if m := re.match(r"(?:Group '([\w.]+)' does not accept option|Option) '([\w.]+)'", text):
         name = ".".join(filter(None, m.groups()))
         return f"unknown setting {name}{_did_you_mean(name, known)}"
+    if m := re.match(r"Parser key \"([\w.]+)\": Unable to load config '(.*?)'", text):
+        return f"{m[1]}: expected a mapping of settings or a YAML file of them, got {m[2]}"
     text = re.sub(r"Problem with given class_path '[\w.]+': ", "", text)
     text = re.sub(r"Parser key \"([\w.]+)\":", r"\1:", text)
     text = re.sub(r"<class '([\w.]+)'>", r"\1", text)
@@ -261,18 +282,6 @@ def _did_you_mean(name: str, known: Collection[str], prefix: str = "") -> str:
 
 def _dashed(name: str) -> str:
     return name.replace("_", "-")
-
-
-def _check_groups(group: Any, path: str) -> None:
-    """Raise ConfigError where a group of settings holds a mere value, as in `optim: 3`."""
-    for field in fields(group):
-        if isinstance(field.type, type) and is_dataclass(field.type):
-            value = getattr(group, field.name)
-            if not isinstance(value, field.type):
-                raise ConfigError(
-                    f"{path}{field.name}: expected a mapping of settings, got {value}"
-                )
-            _check_groups(value, f"{path}{field.name}.")
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 Not for what the settings mean: config.py.
 """
 
+import json
 import shutil
 from dataclasses import asdict
 from importlib import resources
@@ -53,7 +54,10 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 
 def compose_config(name: str) -> str:
-    """Return a configuration as one YAML text; `model: PRESET` and `{preset: ...}` filled."""
+    """Return a configuration as JSON text; `model: PRESET` and `{preset: ...}` filled.
+
+    JSON because its strings are quoted: `out: "1e-3"` would come back from YAML as a number.
+    """
     values = read_yaml(find_config(name))
     model = values.get("model")
     if isinstance(model, str):
@@ -61,14 +65,19 @@ def compose_config(name: str) -> str:
     elif isinstance(model, dict) and "preset" in model:
         rest = {key: value for key, value in model.items() if key != "preset"}
         values["model"] = preset_values(model["preset"]) | rest
-    return yaml.safe_dump(values, allow_unicode=True, sort_keys=False)
+    return json.dumps(values, ensure_ascii=False, default=str)
 
 
 def compose_model(name: str) -> str:
-    """Return what `--model NAME` sets as one YAML text; text that is no single word stays."""
+    """Return what `--model NAME` sets as JSON text; a mapping or a file stays as it is."""
     if name.strip().startswith("{") or Path(name).is_file():
         return name
-    return yaml.safe_dump(asdict(preset(name)))
+    return json.dumps(asdict(preset(name)))
+
+
+def to_yaml(cfg: Any) -> str:
+    """Return a configuration, a dataclass, as YAML with every field written out."""
+    return yaml.safe_dump(json.loads(json.dumps(asdict(cfg))), allow_unicode=True, sort_keys=False)
 
 
 def list_configs() -> int:
@@ -88,6 +97,7 @@ def copy_config(name: str, *, out: Path = Path()) -> int:
     target = out / source.name if out.is_dir() else out
     if target.exists():
         raise ConfigError(f"{target}: exists already; remove it or choose another --out")
+    target.parent.mkdir(parents=True, exist_ok=True)
     shutil.copyfile(source, target)
     print(target)
     return 0

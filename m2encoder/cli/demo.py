@@ -9,7 +9,7 @@ import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from m2encoder.config import PretrainConfig
 
@@ -89,30 +89,23 @@ def demo(
         seed: Decides data, initial weights and order.
         smoke: A minute's worth of training, only to see that everything runs.
     """
-    import json
-
     from m2encoder.cli.pretrain import run
-    from m2encoder.eval.report import ReportData, write_report
     from m2encoder.eval.suite import evaluate, format_table
+    from m2encoder.folders import write_json
     from m2encoder.index import build_index
     from m2encoder.load import load_model
-    from m2encoder.log import read_metrics
-    from m2encoder.shards import ShardIndex, ShardReader
+    from m2encoder.shards import ShardReader
 
     started = time.perf_counter()
-    seconds: dict[str, float] = {}
     make_data(out / "data", source, archives or [], seed, smoke=smoke)
-    seconds["data"] = time.perf_counter() - started
+    seconds = {"data": time.perf_counter() - started}
     cfg = demo_config(source, out, seed, smoke)
     model_folder = run(cfg)
     seconds["training"] = time.perf_counter() - started - seconds["data"]
 
     encoder = load_model(model_folder)
-    candidates = CANDIDATES[source]
-    results = evaluate(encoder, out / "data/test", candidates=candidates, seed=seed)
-    (out / "results.json").write_text(
-        json.dumps(results, ensure_ascii=False, indent=2) + "\n", encoding="utf-8"
-    )
+    results = evaluate(encoder, out / "data/test", candidates=CANDIDATES[source], seed=seed)
+    write_json(out / "results.json", results)
     print(format_table(results))
     pairs = {pair.key: pair for pair in ShardReader(out / "data/test")}
     _write_photos(pairs.values(), out / "photos")
@@ -120,21 +113,7 @@ def demo(
     searches = [_search_both(encoder, index, pairs, query) for query in QUERIES[source]]
     seconds["all"] = time.perf_counter() - started
     steps = _next_steps(out, source)
-    parameters = sum(parameter.numel() for parameter in encoder.model.parameters())
-    write_report(
-        out / "report.html",
-        run=ReportData(
-            title=TITLES[source],
-            summary=SUMMARIES[source],
-            glance=_glance(out, parameters, seconds),
-            results=results,
-            metrics=read_metrics(out / "metrics.jsonl"),
-            searches=searches,
-            attribution=ShardIndex.load(out / "data/test").attribution,
-            facts=_facts(cfg, parameters, seconds),
-            next_steps=steps,
-        ),
-    )
+    _write_report(out, source, cfg, encoder, results, searches, seconds, steps)
     print(f"\nreport: {out / 'report.html'}\n\nnext:")
     print("\n".join(f"  {command}" for command, _ in steps))
     return 0
@@ -212,14 +191,38 @@ def _search(
     return Search(words, found)
 
 
-def _glance(out: Path, parameters: int, seconds: dict[str, float]) -> list[tuple[str, str]]:
+def _write_report(
+    out: Path,
+    source: Source,
+    cfg: PretrainConfig,
+    encoder: "Encoder",
+    results: "dict[str, Any]",
+    searches: "list[tuple[Search, Search]]",
+    seconds: dict[str, float],
+    next_steps: list[tuple[str, str]],
+) -> None:
+    from m2encoder.eval.report import ReportData, write_report
+    from m2encoder.log import read_metrics
     from m2encoder.shards import ShardIndex
 
-    return [
+    parameters = sum(parameter.numel() for parameter in encoder.model.parameters())
+    glance = [
         (f"{ShardIndex.load(out / 'data/train').count:,}", "training pairs"),
         (f"{parameters / 1e6:.1f} M", "parameters"),
         (f"{seconds['training'] / 60:.1f} min", "training"),
     ]
+    report = ReportData(
+        title=TITLES[source],
+        summary=SUMMARIES[source],
+        glance=glance,
+        results=results,
+        metrics=read_metrics(out / "metrics.jsonl"),
+        searches=searches,
+        attribution=ShardIndex.load(out / "data/test").attribution,
+        facts=_facts(cfg, parameters, seconds),
+        next_steps=next_steps,
+    )
+    write_report(out / "report.html", run=report)
 
 
 def _facts(

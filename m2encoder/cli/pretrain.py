@@ -1,6 +1,7 @@
 """`m2enc pretrain`: build stream, model and evaluators from a configuration, train, export."""
 
 import logging
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -8,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import yaml
 
+from m2encoder.cli.configuration import to_yaml
 from m2encoder.config import PretrainConfig
 from m2encoder.errors import ConfigError
 
@@ -52,23 +54,30 @@ def run(cfg: PretrainConfig, *, show_progress: bool | None = None) -> Path:
 
 
 def prepare_tokenizer(cfg: PretrainConfig) -> "TextTokenizer":
-    """Return the run's own tokenizer, else the configured one, else one trained on the captions."""
+    """Return a started run's own tokenizer, else the configured one, else one trained anew."""
     from m2encoder.cli.tokenizer import read_texts
     from m2encoder.tokenizer import TextTokenizer, train_tokenizer
 
     own = Path(cfg.out) / "sp.model"
-    if not own.is_file():
+    if not (own.is_file() and is_started(own.parent)):
         if cfg.tokenizer.path is not None:
             model = TextTokenizer.load(Path(cfg.tokenizer.path), max_length=2).model
         else:
             texts = read_texts([Path(cfg.data.train)])
             model = train_tokenizer(texts, vocab_size=cfg.tokenizer.vocab_size)
-        own.write_bytes(model)
+        _write_whole(own, model)
     return TextTokenizer.load(
         own,
         max_length=cfg.model.max_text_length,
         truncation_side=cfg.tokenizer.truncation_side,
     )
+
+
+def is_started(out: Path) -> bool:
+    """Say whether a run's folder holds anything that another configuration would spoil."""
+    from m2encoder.checkpoint import list_checkpoints
+
+    return bool(list_checkpoints(out / "checkpoints")) or (out / "model").is_dir()
 
 
 def make_stream(cfg: PretrainConfig, tokenizer: "TextTokenizer") -> "TrainingStream":
@@ -104,12 +113,19 @@ def new_encoder(cfg: PretrainConfig, tokenizer: "TextTokenizer") -> "Encoder":
 def make_evaluators(
     cfg: PretrainConfig,
 ) -> dict[str, "Callable[[Encoder], Mapping[str, float]]"]:
-    """Return what is measured after each epoch: retrieval and zero-shot on data.evaluate."""
+    """Return what is measured after each epoch: retrieval and zero-shot on data.evaluate.
+
+    Opens the data at once, so that what is missing or too small is found before training.
+    """
     if cfg.data.evaluate is None:
         return {}
-    from m2encoder.eval.suite import evaluate, flat_metrics
+    from m2encoder.eval.suite import draw_candidates, evaluate, flat_metrics
+    from m2encoder.shards import ShardReader
 
     folder = Path(cfg.data.evaluate)
+    count = len(ShardReader(folder))
+    if cfg.evaluate_candidates is not None:
+        draw_candidates(count, cfg.evaluate_candidates, cfg.seed)
     name = folder.name
 
     def measure(encoder: "Encoder") -> Mapping[str, float]:
@@ -122,12 +138,13 @@ def make_evaluators(
 def write_config(cfg: PretrainConfig, path: Path) -> None:
     """Write the resolved configuration; `m2enc pretrain --config FILE` reruns it.
 
-    Raises ConfigError when the folder belongs to a run with another model, data or schedule.
+    Raises ConfigError when the folder belongs to a started run with another model, data or
+    schedule.
     """
     text = to_yaml(cfg)
-    if path.is_file():
+    if path.is_file() and is_started(path.parent):
         before, now = yaml.safe_load(path.read_text(encoding="utf-8")), yaml.safe_load(text)
-        fixed = ("model", "data", "objectives", "optim", "epochs", "seed")
+        fixed = ("model", "data", "tokenizer", "objectives", "optim", "epochs", "seed")
         changed = [key for key in fixed if before.get(key) != now[key] and key != "data"]
         changed += [
             f"data.{key}"
@@ -139,13 +156,13 @@ def write_config(cfg: PretrainConfig, path: Path) -> None:
                 f"{path.parent}: holds a run with another {', '.join(changed)}; choose "
                 f"another --out, or repeat its settings with --config {path}"
             )
-    path.write_text(text, encoding="utf-8")
+    _write_whole(path, text.encode())
 
 
-def to_yaml(cfg: PretrainConfig) -> str:
-    """Return the configuration as YAML, every field written out."""
-    values = asdict(cfg) | {"objectives": [asdict(objective) for objective in cfg.objectives]}
-    return yaml.safe_dump(values, allow_unicode=True, sort_keys=False)
+def _write_whole(path: Path, content: bytes) -> None:
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_bytes(content)
+    os.replace(temporary, path)
 
 
 def plan(cfg: PretrainConfig) -> str:

@@ -49,7 +49,7 @@ class Architecture:
     def __post_init__(self) -> None:
         for name in ("width", "num_heads", "projection_dim", "image_size", "patch_size"):
             if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+                raise ValueError(f"{name} must be at least 1, found {getattr(self, name)}")
         if self.width % self.num_heads:
             raise ValueError(f"num_heads {self.num_heads} does not divide width {self.width}")
         if self.image_size % self.patch_size:
@@ -63,7 +63,7 @@ class Architecture:
             )
         power = self.patch_size.bit_length() - 1
         if self.patch_stem == "conv" and (
-            self.patch_size != 2**power or power > MAX_STEM_CONVOLUTIONS
+            self.patch_size != 2**power or not 1 <= power <= MAX_STEM_CONVOLUTIONS
         ):
             raise ValueError(
                 f"patch_stem conv needs patch_size 2, 4, 8 or 16, found {self.patch_size}"

@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from .architecture import MAX_STEM_CONVOLUTIONS, Architecture
 
 LAYER_NORM_EPS = 1e-5  # everywhere in the released encoder; not transformers' usual 1e-12 or 1e-6
+STEM_CHANNELS = 48  # after the first convolution; wider than width / 8: small models learn faster
 
 
 class Attention(nn.Module):
@@ -86,9 +87,9 @@ class Stack(nn.Module):
 def make_patch_stem(shape: Architecture) -> nn.Module:
     """Return (B, 3, S, S) -> (B, D, grid, grid): one large convolution or a few small ones.
 
-    conv: 3x3 convolutions of stride 2, channels doubling up to the width, GroupNorm (the same for
-    any batch and world size, unlike BatchNorm) and GELU between; one 1x1 convolution closes it if
-    that stays within four.
+    conv: 3x3 convolutions of stride 2, channels doubling from 48, GroupNorm (the same for any batch
+    and world size, unlike BatchNorm) and GELU between; one 1x1 convolution closes it if that stays
+    within four.
     """
     if shape.patch_stem == "linear":
         return nn.Conv2d(3, shape.width, shape.patch_size, stride=shape.patch_size)
@@ -96,7 +97,7 @@ def make_patch_stem(shape: Architecture) -> nn.Module:
     layers: list[nn.Module] = []
     channels = 3
     for i in range(depth):
-        wider = max(32, shape.width // 2 ** (depth - 1 - i))
+        wider = shape.width if i == depth - 1 else STEM_CHANNELS * 2**i
         layers += [nn.Conv2d(channels, wider, 3, stride=2, padding=1)]
         channels = wider
         if i < depth - 1 or depth < MAX_STEM_CONVOLUTIONS:

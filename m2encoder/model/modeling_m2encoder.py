@@ -16,7 +16,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils import ModelOutput
 
 from .configuration_m2encoder import M2EncoderConfig
-from .layers import Attention, FeedForward, ImageTower, Stack, TextTower, resize_positions
+from .layers import Block, ImageTower, Stack, TextTower, resize_positions
 
 
 @dataclass
@@ -80,9 +80,12 @@ class M2Encoder(PreTrainedModel):
             nn.init.normal_(module.positions, std=self.config.position_init_std)
             if isinstance(module, ImageTower):
                 nn.init.zeros_(module.cls_token)
-        elif isinstance(module, Stack) and len(module.blocks):
-            _init_sub_layer_norm(module)
         elif module is self:
+            # Here and not when the walk comes past each Stack: transformers passes over modules of
+            # custom code that have no parameters of their own.
+            for part in self.modules():
+                if isinstance(part, Stack):
+                    _init_sub_layer_norm(part)
             nn.init.constant_(self.logit_scale, math.log(1 / 0.07))
             for name in ("image_projection", "text_projection"):
                 if (projection := getattr(self, name, None)) is not None:
@@ -191,19 +194,15 @@ def _unit_norm(features: Tensor) -> Tensor:
 
 
 def _init_sub_layer_norm(stack: Stack) -> None:
-    gain = math.sqrt(math.log(2 * len(stack.blocks)))
-    for module in stack.modules():
-        if isinstance(module, Attention):
-            width = module.out.in_features
-            wider = [(module.qkv.weight[2 * width :], module.qkv.bias[2 * width :], width)]
-            wider += [(module.out.weight, module.out.bias, width)]
-        elif isinstance(module, FeedForward):
-            wider = [(fc.weight, fc.bias, fc.in_features) for fc in (module.fc1, module.fc2)]
-        else:
-            continue
-        for weight, bias, fan_in in wider:
-            nn.init.uniform_(weight, -gain / fan_in**0.5, gain / fan_in**0.5)
-            nn.init.uniform_(bias, -gain / fan_in**0.5, gain / fan_in**0.5)
+    for block in stack.blocks:
+        assert isinstance(block, Block)
+        value = 2 * block.attention.out.in_features  # first row of the values in q, k, v
+        layers = (block.attention.out, 0), (block.ffn.fc1, 0), (block.ffn.fc2, 0)
+        for linear, first_row in ((block.attention.qkv, value), *layers):
+            bound = math.sqrt(math.log(2 * len(stack.blocks)) / linear.in_features)
+            for parameter in (linear.weight, linear.bias):
+                if not getattr(parameter, "_is_hf_initialized", False):  # else it was loaded
+                    nn.init.uniform_(parameter[first_row:], -bound, bound)
 
 
 M2EncoderConfig.register_for_auto_class()
