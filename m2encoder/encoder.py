@@ -11,7 +11,6 @@ import os
 import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict
-from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -68,6 +67,7 @@ class Encoder:
         self.name = name
         self.folder = folder
         self._told_of_truncation = False
+        self._fingerprint: tuple[str, str] | None = None  # state of the weights, their hash
 
     @property
     def dim(self) -> int:
@@ -84,23 +84,26 @@ class Encoder:
         """What cosines are multiplied with before a softmax: 1 / temperature, not its logarithm."""
         return float(self.model.logit_scale.detach().exp())
 
-    @cached_property
+    @property
     def fingerprint(self) -> str:
         """sha256 of weights, shape, tokenizer and picture settings: equal means equal vectors."""
-        digest = hashlib.sha256()
         config = self.model.config
         settings = [asdict(config.architecture), config.image_mean, config.image_std]
         settings += [self.image_processor.size_px, self.image_processor.resize_mode]
         settings += [self.tokenizer.truncation_side, self.tokenizer.model_max_length]
-        digest.update(json.dumps(settings, sort_keys=True).encode())
-        if isinstance(self.tokenizer, PreTrainedTokenizerFast):
-            digest.update(_tokenizer_definition(self.tokenizer))
-        for name, tensor in sorted(self.model.state_dict().items()):
-            digest.update(name.encode())
-            digest.update(
-                tensor.detach().cpu().reshape(-1).contiguous().view(torch.uint8).numpy().tobytes()
-            )
-        return digest.hexdigest()
+        weights = sorted(self.model.state_dict().items())
+        # Training changes weights in place, which torch counts; hashing anew takes seconds per GB.
+        state = repr((settings, [(t.data_ptr(), t._version) for _, t in weights]))
+        if self._fingerprint is None or self._fingerprint[0] != state:
+            digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
+            if isinstance(self.tokenizer, PreTrainedTokenizerFast):
+                digest.update(_tokenizer_definition(self.tokenizer))
+            for name, tensor in weights:
+                digest.update(name.encode())
+                raw = tensor.detach().cpu().reshape(-1).contiguous().view(torch.uint8)
+                digest.update(raw.numpy().tobytes())
+            self._fingerprint = (state, digest.hexdigest())
+        return self._fingerprint[1]
 
     def encode_image(
         self,

@@ -18,6 +18,7 @@ from PIL import Image
 
 from m2encoder.encoder import BadItem, Encoder, OnError, language_of
 from m2encoder.errors import DataError
+from m2encoder.load import load_model
 
 Call = tuple[Callable[..., Any], list[Any]]
 
@@ -339,3 +340,17 @@ def test_a_bar_shows_only_when_it_is_asked_for(
     shown = capsys.readouterr()
     assert shown.out == ""
     assert "5/5" in shown.err
+
+
+def test_fingerprint_follows_weights_that_training_changes_in_place(tiny_model_folder):
+    encoder = load_model(tiny_model_folder, device="cpu")
+    before = encoder.fingerprint
+    encoder.model.logit_scale.data = encoder.model.logit_scale.data.clone()
+    assert encoder.fingerprint == before
+    with torch.no_grad():
+        encoder.model.logit_scale.mul_(2)
+    changed = encoder.fingerprint
+    with torch.no_grad():
+        encoder.model.logit_scale.div_(2)
+    assert changed != before
+    assert encoder.fingerprint == before
