@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from m2encoder.cli import call_with_options
 from m2encoder.cli.configuration import compose_config, shipped_configs
+from m2encoder.cli.options import call_with_options
 from m2encoder.cli.pretrain import to_yaml
 from m2encoder.config import (
     Augment,

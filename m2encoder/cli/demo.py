@@ -121,7 +121,7 @@ def demo(
 
 def demo_config(source: Source, out: Path, seed: int, smoke: bool) -> PretrainConfig:
     """Return the shipped configuration of this demo, writing into `out`."""
-    from m2encoder.cli import call_with_options
+    from m2encoder.cli.options import call_with_options
 
     def given(cfg: PretrainConfig, *, dry_run: bool) -> PretrainConfig:
         return cfg
