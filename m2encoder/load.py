@@ -8,14 +8,14 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal, cast, get_args
 
 import torch
 from transformers import PreTrainedTokenizerFast
 from transformers.utils import logging as transformers_logging
 
 from m2encoder.encoder import Encoder
-from m2encoder.errors import CheckpointError
+from m2encoder.errors import CheckpointError, ConfigError
 from m2encoder.model.configuration_m2encoder import Towers
 from m2encoder.model.image_processing_m2encoder import M2EncoderImageProcessor
 from m2encoder.model.modeling_m2encoder import M2Encoder
@@ -33,11 +33,14 @@ FILES = (
 """What a model folder holds at least; the weights may also come in several files."""
 
 
+Dtype = Literal["float32", "float16", "bfloat16"]
+
+
 def load_model(
     path: str | os.PathLike[str],
     *,
     device: str = "auto",
-    dtype: Literal["float32", "float16", "bfloat16"] = "float32",
+    dtype: Dtype = "float32",
     towers: Towers = "both",
     image_size: int | None = None,
 ) -> Encoder:
@@ -45,8 +48,13 @@ def load_model(
 
     device: `auto` takes a GPU if there is one. towers: `image` or `text` loads that tower alone.
     image_size: pixels; another size than the model's resizes its position table.
-    Raises CheckpointError if the folder is missing, damaged or holds another kind of model.
+    Raises CheckpointError if the folder is missing, damaged or holds another kind of model,
+    ConfigError on an unknown device, dtype or towers.
     """
+    for given, known in ((dtype, get_args(Dtype)), (towers, get_args(Towers))):
+        if given not in known:
+            raise ConfigError(f"{given!r} is unknown, expected one of {', '.join(known)}")
+    chosen = _device(device)
     folder = Path(path)
     _check_folder(folder, str(path))
     model = _load_weights(folder, dtype, towers)
@@ -59,7 +67,6 @@ def load_model(
     if image_size is not None:
         model.set_image_size(image_size)
         processor.size_px = image_size
-    chosen = torch.device(_best_device() if device == "auto" else device)
     model.requires_grad_(False).to(chosen)  # pyright: ignore[reportArgumentType]
     return Encoder(model, processor, tokenizer, name=folder.resolve().name, folder=folder)
 
@@ -154,10 +161,18 @@ def _quiet() -> Iterator[None]:
             transformers_logging.enable_progress_bar()
 
 
-def _best_device() -> str:
-    if torch.cuda.is_available():
-        return "cuda"
-    return "mps" if torch.backends.mps.is_available() else "cpu"
+def _device(name: str) -> torch.device:
+    """Return the device, tried once, so that an absent one is named before weights are read."""
+    if name == "auto":
+        best = "mps" if torch.backends.mps.is_available() else "cpu"
+        return torch.device("cuda" if torch.cuda.is_available() else best)
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).splitlines()[0].rstrip(".")
+        raise ConfigError(f"device {name!r} cannot be used ({reason}); try auto or cpu") from None
+    return device
 
 
 def save_model_folder(encoder: Encoder, folder: Path, *, sp_model: bytes | None = None) -> None:

@@ -21,7 +21,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from m2encoder.encoder import Encoder
-from m2encoder.errors import CheckpointError
+from m2encoder.errors import CheckpointError, ConfigError
 from m2encoder.load import load_model, save_model_folder
 from m2encoder.model.image_processing_m2encoder import M2EncoderImageProcessor
 from m2encoder.model.modeling_m2encoder import M2Encoder
@@ -373,4 +373,19 @@ def test_a_path_that_is_no_folder_is_one_line(name: str, words: str) -> None:
     with pytest.raises(CheckpointError) as caught:
         load_model(name)
     assert words in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"device": "gpu"}, "device 'gpu' cannot be used"),
+        ({"device": "cuda:99"}, "device 'cuda:99' cannot be used"),
+        ({"dtype": "float8"}, "'float8' is unknown, expected one of float32"),
+        ({"towers": "picture"}, "'picture' is unknown, expected one of both, image, text"),
+    ],
+)
+def test_an_unknown_device_dtype_or_tower_is_one_line(tiny_model_folder, options, message):
+    with pytest.raises(ConfigError, match=message) as caught:
+        load_model(tiny_model_folder, **options)
     assert "\n" not in str(caught.value)
