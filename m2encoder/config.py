@@ -60,6 +60,9 @@ class Data:
     """Processes that read, decode and tokenise ahead; 0 does it in the training process."""
     max_bad_fraction: float = 0.01
     """Stop when more than this share of the pairs read so far could not be used."""
+    resize_mode: Literal["squash", "shortest"] = "squash"
+    """How pictures become square outside training, saved with the model: squash scales both sides
+    (released M2-Encoder), shortest scales the shorter one and crops the centre (CLIP)."""
     augment: Augment = field(default_factory=Augment)
     """Random changes to training pictures."""
 

@@ -31,6 +31,7 @@ OPTIONS = """
     model.projection_dim model.image_size model.patch_size model.patch_stem model.vocab_size
     model.max_text_length model.text_positions model.position_init_std
     data.train data.evaluate data.batch_size data.workers data.max_bad_fraction
+    data.resize_mode
     data.augment.crop_scale_min data.augment.crop_ratio_max data.augment.flip
     data.augment.rotate_degrees data.augment.color_jitter
     tokenizer.path tokenizer.vocab_size tokenizer.truncation_side

@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 
 from m2encoder.cli import main
 from m2encoder.cli.configuration import to_yaml
+from m2encoder.cli.pretrain import run
 from m2encoder.config import TokenizerConfig
 from m2encoder.load import load_model
 from m2encoder.log import read_metrics
@@ -167,3 +168,9 @@ def test_a_run_that_was_killed_and_interrupted_goes_on_to_the_bit(write_config):
         "model/model.safetensors",
     ):
         assert (out / file).read_bytes() == (whole_out / file).read_bytes(), file
+
+
+def test_the_resize_mode_is_saved_with_the_model(tiny_config, tmp_path):
+    shorter = replace(tiny_config.data, resize_mode="shortest")
+    folder = run(replace(tiny_config, data=shorter, out=str(tmp_path / "run")), show_progress=False)
+    assert load_model(folder, device="cpu").image_processor.resize_mode == "shortest"

@@ -106,7 +106,7 @@ def new_encoder(cfg: PretrainConfig, tokenizer: "TextTokenizer") -> "Encoder":
 
     torch.manual_seed(cfg.seed)
     config = M2EncoderConfig(**asdict(cfg.model), pad_token_id=PAD_ID, eos_token_id=END_ID)
-    processor = M2EncoderImageProcessor(cfg.model.image_size)
+    processor = M2EncoderImageProcessor(cfg.model.image_size, cfg.data.resize_mode)
     return Encoder(M2Encoder(config), processor, tokenizer.to_fast(), name=Path(cfg.out).name)
 
 
@@ -148,7 +148,7 @@ def write_config(cfg: PretrainConfig, path: Path) -> None:
         changed = [key for key in fixed if before.get(key) != now[key] and key != "data"]
         changed += [
             f"data.{key}"
-            for key in ("train", "batch_size", "augment")
+            for key in ("train", "batch_size", "augment", "resize_mode")
             if before.get("data", {}).get(key) != now["data"][key]
         ]
         if changed:
