@@ -143,10 +143,19 @@ def losses_of(out):
     return [{k: v for k, v in row.items() if k == "step" or "loss" in k} for row in rows]
 
 
+# A shell starts background jobs with SIGINT ignored, and children inherit that.
+INTERRUPTIBLE = """
+import signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)
+from m2encoder.cli import main
+sys.exit(main())
+"""
+
+
 def test_a_run_that_was_killed_and_interrupted_goes_on_to_the_bit(write_config):
     changes = {"epochs": 15, "save_every_steps": 10, "log_every_steps": 3}
     words, out = write_config("stopped", **changes)
-    command = [sys.executable, "-m", "m2encoder", *words]
+    command = [sys.executable, "-c", INTERRUPTIBLE, *words]
     for step, signal_sent, code in ((20, signal.SIGKILL, -9), (60, signal.SIGINT, 130)):
         with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
             wait_for(out / "checkpoints" / f"step-{step:08d}", process)
