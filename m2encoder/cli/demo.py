@@ -56,7 +56,7 @@ QUERIES: dict[Source, list[Query]] = {
             {"object": "star", "colour": "red", "count": "3"},
         ),
         Query(
-            "蓝色的鱼在橙色的月亮左边",
+            "一条蓝色的鱼在一个橙色的月亮的左边",
             "a blue fish to the left of an orange moon",
             {"combination": "blue-fish-left-orange-moon"},
         ),
