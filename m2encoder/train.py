@@ -70,7 +70,7 @@ def pretrain(
         unit="step",
         disable=None if show_progress is None else not show_progress,
     )
-    samples_at_log, time_at_log = 0, time.perf_counter()
+    samples_at_log, time_at_log, started_s = 0, time.perf_counter(), trained_s
     for step, batch in enumerate(bar, start=progress.step):
         model.train()
         dropped += len(batch.dropped)
@@ -110,6 +110,14 @@ def pretrain(
             bar.set_postfix_str(f"loss {row['loss']:.3f}, {row['samples_per_s']:.0f} samples/s")
             trained_s += elapsed_s
             samples_at_log, time_at_log = 0, time.perf_counter()
+
+        if bar.disable and (is_last or done % steps_per_epoch == 0):
+            seconds = trained_s + time.perf_counter() - time_at_log
+            left_s = (seconds - started_s) / (done - progress.step) * (total_steps - done)
+            logger.info(
+                "step %d of %d, epoch %.1f, loss %.3f, %.0f s, about %.0f s left",
+                *(done, total_steps, done / steps_per_epoch, losses.total.item(), seconds, left_s),
+            )
 
         if is_last or (done % (cfg.evaluate_every_epochs * steps_per_epoch) == 0):
             paused_at = time.perf_counter()

@@ -34,6 +34,10 @@ SUMMARIES: dict[Source, str] = {
     "emoji": "Trained from nothing on Google's emoji pictures and their names in both languages; "
     "measured on Twitter's pictures, which it never saw.",
 }
+SMOKE_SUMMARY = (
+    "A smoke run: a few steps to see that everything works. The model is as good as untrained; its "
+    "numbers and search results mean nothing."
+)
 CANDIDATES: dict[Source, int | None] = {"scenes": 100, "emoji": None}
 EVALUATED: dict[Source, str] = {"scenes": "val", "emoji": "test"}
 
@@ -113,7 +117,8 @@ def demo(
     searches = [_search_both(encoder, index, pairs, query) for query in QUERIES[source]]
     seconds["all"] = time.perf_counter() - started
     steps = _next_steps(out, source)
-    _write_report(out, source, cfg, encoder, results, searches, seconds, steps)
+    summary = SMOKE_SUMMARY if smoke else SUMMARIES[source]
+    _write_report(out, source, summary, cfg, encoder, results, searches, seconds, steps)
     print(f"\nreport: {out / 'report.html'}\n\nnext:")
     print("\n".join(f"  {command}" for command, _ in steps))
     return 0
@@ -194,6 +199,7 @@ def _search(
 def _write_report(
     out: Path,
     source: Source,
+    summary: str,
     cfg: PretrainConfig,
     encoder: "Encoder",
     results: "dict[str, Any]",
@@ -213,7 +219,7 @@ def _write_report(
     ]
     report = ReportData(
         title=TITLES[source],
-        summary=SUMMARIES[source],
+        summary=summary,
         glance=glance,
         results=results,
         metrics=read_metrics(out / "metrics.jsonl"),
