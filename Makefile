@@ -61,7 +61,8 @@ clean:
 # --- environments: made again when pyproject.toml or the pinned versions change ------------------
 
 # $(call environment,FOLDER,PINNED PACKAGES,EXTRAS,CONSTRAINTS): one pip command, so that nothing
-# installed later can replace the pinned torch.
+# installed later can replace the pinned torch. Editable by path: with an import hook, a Python started
+# in the folder above a clone named m2encoder would take that folder for the package.
 define environment
 	@$(PYTHON) -c 'import sys; sys.exit(None if sys.version_info >= (3, 11) else \
 	  "m2encoder needs Python 3.11 or newer, $(PYTHON) is " + sys.version.split()[0] + \
@@ -69,7 +70,7 @@ define environment
 	@echo "Making the environment $(1): a minute or several, mostly downloading torch."
 	test -x $(1)/bin/pip || $(PYTHON) -m venv $(1)
 	$(if $(TORCH_INDEX),$(1)/bin/pip install $(2) --index-url $(TORCH_INDEX))
-	$(1)/bin/pip install $(2) -e ".[$(3)]" -c $(4)
+	$(1)/bin/pip install $(2) -e ".[$(3)]" -c $(4) --config-settings editable_mode=compat
 	@touch $@
 endef
 
