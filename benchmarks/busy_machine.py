@@ -1,7 +1,7 @@
-"""A two-thread training step beside other work, with OpenMP threads that spin or sleep.
+"""A two-thread training step beside other work, by how long OpenMP threads spin before they sleep.
 
-Prints one table: steps per second alone and beside two busy processes, for OMP_WAIT_POLICY ACTIVE
-and PASSIVE (what m2enc sets). The medians of three turns.
+Prints one table: steps per second alone and beside two busy processes, for GNU OpenMP's default,
+for GOMP_SPINCOUNT=10000 (what m2enc sets) and for no spinning at all. Medians of three turns.
 """
 
 import multiprocessing
@@ -30,9 +30,11 @@ print(steps / (time.perf_counter() - began))
 """
 
 
-def steps_per_s(policy: str) -> float:
-    """Run the step in a fresh interpreter under that wait policy."""
-    environment = os.environ | {"OMP_WAIT_POLICY": policy, "OMP_NUM_THREADS": "2"}
+def steps_per_s(spin_count: str | None) -> float:
+    """Run the step in a fresh interpreter that spins so long; None leaves the default."""
+    environment = os.environ | {"OMP_NUM_THREADS": "2"}
+    if spin_count is not None:
+        environment["GOMP_SPINCOUNT"] = spin_count
     ran = subprocess.run(
         [sys.executable, "-c", STEP], env=environment, capture_output=True, text=True, check=True
     )
@@ -48,17 +50,17 @@ def spin() -> None:
 
 def main() -> None:
     """Measure and print."""
-    print("| OMP_WAIT_POLICY | steps/s alone | beside two busy processes |\n|---|--:|--:|")
-    for policy in ("ACTIVE", "PASSIVE"):
-        alone = statistics.median(steps_per_s(policy) for _ in range(3))
+    print("| GOMP_SPINCOUNT | steps/s alone | beside two busy processes |\n|---|--:|--:|")
+    for count in (None, "10000", "0"):
+        alone = statistics.median(steps_per_s(count) for _ in range(3))
         others = [multiprocessing.Process(target=spin, daemon=True) for _ in range(2)]
         for other in others:
             other.start()
-        beside = statistics.median(steps_per_s(policy) for _ in range(3))
+        beside = statistics.median(steps_per_s(count) for _ in range(3))
         for other in others:
             other.terminate()
             other.join()
-        print(f"| {policy} | {alone:.2f} | {beside:.2f} |")
+        print(f"| {count or 'default'} | {alone:.2f} | {beside:.2f} |")
 
 
 if __name__ == "__main__":

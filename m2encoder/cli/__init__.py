@@ -52,9 +52,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
     flags = {flag for flag in ("--debug", "--quiet") if flag in words}
     words = [word for word in words if word not in flags]
-    # Before torch loads OpenMP: threads that spin while they wait stall each other as soon as
-    # anything else runs on the machine (measured 12 times slower; benchmarks/RESULTS.md).
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    # Before torch loads GNU OpenMP: threads that spin for long while they wait stall each other as
+    # soon as anything else runs on the machine (benchmarks/busy_machine.py). Spin briefly, then sleep.
+    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
     level = logging.WARNING if "--quiet" in flags else logging.INFO
     logging.basicConfig(level=level, format="%(message)s", stream=sys.stderr)
     for chatty in ("httpx", "faiss"):
