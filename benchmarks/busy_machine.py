@@ -1,4 +1,4 @@
-"""A two-thread training step beside other work, by how long OpenMP threads spin before they sleep.
+"""A two-thread training step beside other work, by how long OpenMP threads spin while waiting.
 
 Prints one table: steps per second alone and beside two busy processes, for GNU OpenMP's default,
 for GOMP_SPINCOUNT=10000 (what m2enc sets) and for no spinning at all. Medians of three turns.

@@ -53,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     flags = {flag for flag in ("--debug", "--quiet") if flag in words}
     words = [word for word in words if word not in flags]
     # Before torch loads GNU OpenMP: threads that spin for long while they wait stall each other as
-    # soon as anything else runs on the machine (benchmarks/busy_machine.py). Spin briefly, then sleep.
+    # soon as anything else runs (benchmarks/busy_machine.py). Spin briefly, then sleep.
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
     level = logging.WARNING if "--quiet" in flags else logging.INFO
     logging.basicConfig(level=level, format="%(message)s", stream=sys.stderr)
