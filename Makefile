@@ -19,7 +19,7 @@ EMOJI := $(foreach artist,google twitter,build/emoji/emoji-datasource-$(artist)-
 
 help:
 	@echo "make demo        draw pictures, train, evaluate, index, search; report in $(RUNS)/demo"
-	@echo "make demo-smoke  the same in about a minute, to see that everything runs"
+	@echo "make demo-smoke  the same in half a minute, to see that everything runs"
 	@echo "make demo-emoji  train on one artist's emoji, search another's (needs npm)"
 	@echo "make test        the tests"
 	@echo "make test-slow   the tests that take minutes"
