@@ -91,7 +91,7 @@ def tiny_model_folder(
 ) -> Path:
     """The folder that tiny_encoder was opened from."""
     from m2encoder.cli.pretrain import new_encoder, prepare_tokenizer
-    from m2encoder.load import save_model_folder
+    from m2encoder.model_folder import save_model_folder
 
     tokenizer = prepare_tokenizer(tiny_config)
     shape = replace(tiny_config.model, vocab_size=tokenizer.vocab_size)

@@ -228,7 +228,7 @@ def test_the_index_is_made_again_when_a_picture_comes(photos, model_folder):
 
 
 def test_the_index_is_made_again_for_another_model(photos, model_folder, other_encoder, tmp_path):
-    from m2encoder.load import save_model_folder
+    from m2encoder.model_folder import save_model_folder
 
     save_model_folder(other_encoder, tmp_path / "other")
     open_for_search(photos, model_folder)

@@ -22,9 +22,10 @@ from safetensors.torch import load_file, save_file
 
 from m2encoder.encoder import Encoder
 from m2encoder.errors import CheckpointError, ConfigError
-from m2encoder.load import load_model, save_model_folder
+from m2encoder.load import load_model
 from m2encoder.model.image_processing_m2encoder import M2EncoderImageProcessor
 from m2encoder.model.modeling_m2encoder import M2Encoder
+from m2encoder.model_folder import save_model_folder
 
 TEXTS = ["一只红色的猫", "繁體", "a red cat", "Ｆｕｌｌ", "👨‍👩‍👧‍👦", "long " * 200]
 

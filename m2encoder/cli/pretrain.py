@@ -36,7 +36,7 @@ pretrain.options_class = PretrainConfig  # pyright: ignore[reportFunctionMemberA
 def run(cfg: PretrainConfig, *, show_progress: bool | None = None) -> Path:
     """Train as configured; returns the exported model folder. Running it again resumes."""
     from m2encoder.card import write_model_card
-    from m2encoder.load import save_model_folder
+    from m2encoder.model_folder import save_model_folder
     from m2encoder.train import pretrain as train
 
     out = Path(cfg.out)

@@ -11,6 +11,13 @@ from transformers import PretrainedConfig
 from .architecture import Architecture
 
 Towers = Literal["both", "image", "text"]
+_MODEL = "modeling_m2encoder.M2Encoder"
+AUTO_MAP = {
+    "AutoConfig": "configuration_m2encoder.M2EncoderConfig",
+    "AutoModel": _MODEL,
+    "AutoModelForZeroShotImageClassification": _MODEL,
+}
+"""Where transformers finds the classes beside config.json; its own registering keeps one model."""
 
 
 class M2EncoderConfig(PretrainedConfig):
@@ -45,6 +52,7 @@ class M2EncoderConfig(PretrainedConfig):
         self.image_mean = list(image_mean)
         self.image_std = list(image_std)
         self.towers = towers
+        kwargs.setdefault("auto_map", dict(AUTO_MAP))
         super().__init__(**kwargs)
         self.pad_token_id = pad_token_id
         self.eos_token_id = eos_token_id
