@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import Tokenizer, models
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from m2encoder.errors import ConfigError, DataError
@@ -141,6 +142,31 @@ def test_a_saved_tokenizer_opens_in_transformers_with_the_same_ids(tmp_path: Pat
     batch = tokenizer(52)(TEXTS)
     np.testing.assert_array_equal(ids, batch.ids)
     np.testing.assert_array_equal(mask, batch.mask)
+
+
+def test_tokenizer_json_alone_truncates_pads_and_looks_for_no_special_token(
+    tmp_path: Path,
+) -> None:
+    fast = tokenizer(52).to_fast()
+    fast("a call leaves its padding behind", padding="max_length", max_length=100)
+    fast.save_pretrained(tmp_path)
+    write_tokenizer_class(tmp_path)
+    alone = Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    batch = tokenizer(52)(TEXTS)
+    assert [encoding.ids for encoding in alone.encode_batch(TEXTS)] == batch.ids.tolist()
+    assert [e.attention_mask for e in alone.encode_batch(TEXTS)] == batch.mask.tolist()
+
+
+def test_a_tokenizer_of_another_kind_only_gets_its_class_named(tmp_path: Path) -> None:
+    backend = Tokenizer(models.WordLevel({"a": 0, "[SEP]": 1}, unk_token="a"))
+    fast = PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="a", sep_token="[SEP]")
+    fast.save_pretrained(tmp_path)
+    before = (tmp_path / "tokenizer.json").read_bytes()
+    write_tokenizer_class(tmp_path)
+    assert (tmp_path / "tokenizer.json").read_bytes() == before
+    assert '"tokenizer_class": "PreTrainedTokenizerFast"' in (
+        tmp_path / "tokenizer_config.json"
+    ).read_text(encoding="utf-8")
 
 
 def test_the_fast_tokenizer_decodes_to_the_normalised_text() -> None:
