@@ -13,13 +13,16 @@ if TYPE_CHECKING:
     from m2encoder.model.configuration_m2encoder import M2EncoderConfig
     from m2encoder.model.modeling_m2encoder import M2Encoder
     from m2encoder.shards import Pair, ShardReader, write_shards
+    from m2encoder.sources import ModelInfo, list_models
 
 __version__ = "0.1.0"
 
 __all__ = [
     "load_model",
+    "list_models",
     "Encoder",
     "BadItem",
+    "ModelInfo",
     "M2Encoder",
     "M2EncoderConfig",
     "Pair",
@@ -34,6 +37,8 @@ __all__ = [
 
 _HOME = {
     "load_model": "m2encoder.load",
+    "list_models": "m2encoder.sources",
+    "ModelInfo": "m2encoder.sources",
     "Encoder": "m2encoder.encoder",
     "BadItem": "m2encoder.encoder",
     "M2Encoder": "m2encoder.model.modeling_m2encoder",

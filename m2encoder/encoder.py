@@ -1,7 +1,7 @@
 """The Encoder: a model with its preprocessing, and methods that take pictures and strings.
 
 Not for opening or writing folders (load.py), nor for training, which calls M2Encoder's tensor
-methods.
+methods, nor for what other families need (foreign.py).
 """
 
 import hashlib
@@ -10,7 +10,6 @@ import logging
 import os
 import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -18,12 +17,12 @@ import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
-from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
-from m2encoder.errors import DataError
+from m2encoder.errors import CheckpointError, ConfigError, DataError
 from m2encoder.images import ImageSource, open_image
-from m2encoder.model.image_processing_m2encoder import M2EncoderImageProcessor
 from m2encoder.model.modeling_m2encoder import M2Encoder
+from m2encoder.protocols import DualModel, PixelMaker
 from m2encoder.tokenizer import clip, normalize
 
 logger = logging.getLogger(__name__)
@@ -54,16 +53,19 @@ class Encoder:
 
     def __init__(
         self,
-        model: M2Encoder,
-        image_processor: M2EncoderImageProcessor,
-        tokenizer: PreTrainedTokenizerBase,
+        model: DualModel,
+        image_processor: PixelMaker,
+        tokenizer: Any,
         *,
         name: str = "m2encoder",
         folder: Path | None = None,
     ) -> None:
-        self.model = model.eval()
-        self.image_processor = image_processor
-        self.tokenizer = tokenizer
+        # Any: training and saving take an M2Encoder, embedding every DualModel.
+        self.model: Any = model
+        self.model.eval()
+        self.image_processor: Any = image_processor
+        # One of transformers' fast tokenizers, a TextEncoding, or None: then texts are refused.
+        self.tokenizer: Any = tokenizer
         self.name = name
         self.folder = folder
         self._told_of_truncation = False
@@ -72,7 +74,7 @@ class Encoder:
     @property
     def dim(self) -> int:
         """Width of the vectors."""
-        return self.model.config.projection_dim
+        return self.model.dim
 
     @property
     def device(self) -> torch.device:
@@ -87,23 +89,61 @@ class Encoder:
     @property
     def fingerprint(self) -> str:
         """sha256 of weights, shape, tokenizer and picture settings: equal means equal vectors."""
-        config = self.model.config
-        settings = [asdict(config.architecture), config.image_mean, config.image_std]
+        settings = [*self.model.vector_settings]
         settings += [self.image_processor.size_px, self.image_processor.resize_mode]
-        settings += [self.tokenizer.truncation_side, self.tokenizer.model_max_length]
+        if self.tokenizer is not None:
+            settings += [self.tokenizer.truncation_side, self.tokenizer.model_max_length]
         weights = sorted(self.model.state_dict().items())
         # Training changes weights in place, which torch counts; hashing anew takes seconds per GB.
         state = repr((settings, [(t.data_ptr(), t._version) for _, t in weights]))
         if self._fingerprint is None or self._fingerprint[0] != state:
             digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
-            if isinstance(self.tokenizer, PreTrainedTokenizerFast):
-                digest.update(_tokenizer_definition(self.tokenizer))
+            if self.tokenizer is not None:
+                digest.update(tokenizer_definition(self.tokenizer))
             for name, tensor in weights:
                 digest.update(name.encode())
                 raw = tensor.detach().cpu().reshape(-1).contiguous().view(torch.uint8)
                 digest.update(raw.numpy().tobytes())
             self._fingerprint = (state, digest.hexdigest())
         return self._fingerprint[1]
+
+    @property
+    def text_normalization(self) -> str:
+        """What is done to a text before the tokenizer: `none`, or what a protocol asks for.
+
+        Set it to change it; it is saved with the model. Raises CheckpointError without a tokenizer.
+        """
+        from m2encoder.text_normalization import get_text_normalization
+
+        fast = self._fast_tokenizer()
+        return "none" if fast is None else get_text_normalization(fast)
+
+    @text_normalization.setter
+    def text_normalization(self, value: str) -> None:
+        from m2encoder.text_normalization import set_text_normalization
+
+        fast = self._fast_tokenizer()
+        self._fingerprint = None
+        if fast is not None:
+            set_text_normalization(fast, value)  # pyright: ignore[reportArgumentType] - it checks
+        elif value != "none":
+            raise ConfigError(f"{self.name}: its tokenizer takes no text normalisation {value!r}")
+
+    def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
+        """Write a folder that `load_model` and transformers open, or open_clip its own models."""
+        if isinstance(self.model, M2Encoder):
+            from m2encoder.model_folder import save_model_folder as save
+        else:
+            from m2encoder.foreign import save_foreign as save
+        save(self, Path(folder))
+
+    def push_to_hub(
+        self, repo_id: str, *, private: bool | None = None, token: str | None = None
+    ) -> str:
+        """Upload the model folder to `repo_id` on the Hugging Face hub; returns its address."""
+        from m2encoder.publish import push_to_hub
+
+        return push_to_hub(self, repo_id, private=private, token=token)
 
     def encode_image(
         self,
@@ -196,6 +236,8 @@ class Encoder:
     ) -> np.ndarray[Any, Any]:
         """Return (N, K) float32: per picture the probability of each label, zh or en.
 
+        A softmax over the labels. A model with a `logit_bias` (SigLIP) was trained to judge each
+        label alone: there it is a sigmoid, and a row need not sum to 1.
         templates: strings with one `{}`; by default a few in the language of each label.
         Raises ValueError when labels are fewer than two or repeat, or a template has no `{}`.
         """
@@ -209,6 +251,8 @@ class Encoder:
         ]
         vectors = self.encode_image(images, **options)
         logits = self.logit_scale * self.similarity(vectors, np.stack(classes))
+        if (bias := getattr(self.model, "logit_bias", None)) is not None:
+            return 1 / (1 + np.exp(-logits - float(bias)))
         odds = np.exp(logits - logits.max(axis=1, keepdims=True))
         return odds / odds.sum(axis=1, keepdims=True)
 
@@ -251,12 +295,27 @@ class Encoder:
     def _image_vectors(self, pixels: list[Any]) -> Tensor:
         return self.model.encode_image(torch.from_numpy(np.stack(pixels)).to(self.device))
 
+    def _fast_tokenizer(self) -> PreTrainedTokenizerFast | None:
+        tokenizer = self._needed_tokenizer()
+        tokenizer = getattr(tokenizer, "inner", tokenizer)
+        return tokenizer if isinstance(tokenizer, PreTrainedTokenizerFast) else None
+
+    def _needed_tokenizer(self) -> Any:
+        if self.tokenizer is None:
+            raise CheckpointError(
+                f"{self.name}: this model has no tokenizer, so it encodes no texts; give it one "
+                f'with load_model(..., tokenizer="sp.model") or m2enc convert --tokenizer sp.model'
+            )
+        return self.tokenizer
+
     def _text_vectors(self, texts: list[str]) -> Tensor:
-        side = "left" if self.tokenizer.truncation_side == "left" else "right"
+        tokenizer = self._needed_tokenizer()
+        side = "left" if tokenizer.truncation_side == "left" else "right"
         texts = [clip(text, side) for text in texts]
-        inputs = self.tokenizer(texts, padding=True, truncation=True, return_tensors="pt")
-        limit = self.tokenizer.model_max_length
-        if inputs["input_ids"].shape[1] >= limit and not self._told_of_truncation:
+        inputs = tokenizer(texts, padding=True, truncation=True, return_tensors="pt")
+        limit = tokenizer.model_max_length
+        longest = int(inputs["attention_mask"].sum(dim=1).max())
+        if longest >= limit and not self._told_of_truncation:
             self._told_of_truncation = True
             lost = "start" if side == "left" else "end"
             logger.warning("a text fills all %d tokens; longer ones lose their %s", limit, lost)
@@ -310,7 +369,10 @@ def language_of(text: str) -> Literal["zh", "en"]:
     return "zh" if any("CJK" in unicodedata.name(c, "") for c in text) else "en"
 
 
-def _tokenizer_definition(tokenizer: PreTrainedTokenizerFast) -> bytes:
+def tokenizer_definition(tokenizer: Any) -> bytes:
+    """Return what decides the ids that a tokenizer gives, beside length and truncation side."""
+    if not isinstance(tokenizer, PreTrainedTokenizerFast):
+        return tokenizer.definition()
     definition = json.loads(tokenizer.backend_tokenizer.to_str())
     # Calls with padding or truncation leave their setting behind; it is no part of the tokenizer.
     definition["truncation"] = definition["padding"] = None

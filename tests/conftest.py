@@ -5,6 +5,7 @@ Also the tiny real data and model that many tests share; fixtures of one subject
 
 import os
 import sys
+import tempfile
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -21,6 +22,9 @@ if TYPE_CHECKING:
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+_home = tempfile.TemporaryDirectory(prefix="m2encoder-tests-")  # removed when the tests end
+os.environ["HF_HOME"] = _home.name
+os.environ["MODELSCOPE_ENDPOINT"] = "http://127.0.0.1:9"  # nothing listens there
 
 # tests/peers compare with other toolkits, which only the environment .venv-peers holds (make test
 # runs both). Their torchvision must be mended before transformers looks at it.

@@ -1,20 +1,29 @@
-"""The model card that an exported folder carries: true to the run, readable by the Hub.
+"""The model card that every saved folder carries: true to the model and the run, its examples run.
 
-Not the export itself: test_train.py.
+Not the folder itself: test_save.py.
 """
 
 import json
+import os
 import re
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 from shutil import copytree
 
 import pytest
-import yaml
+from huggingface_hub import ModelCard, ModelCardData
+from PIL import Image
 
-from m2encoder.card import write_model_card
+from m2encoder.card import write_card, write_model_card
 from m2encoder.config import Objective
+from m2encoder.load import load_model
 from m2encoder.shards import Pair, ShardReader, write_shards
 
+ROOT = Path(__file__).resolve().parents[1]
+DEFAULT = f"{ROOT / '.venv-tf4'}{os.pathsep}{ROOT / '.venv-tf5'}"
+ENVIRONMENTS = [Path(e) for e in os.environ.get("M2ENC_CONSUMERS", DEFAULT).split(os.pathsep)]
 RESULTS = {"eval/val/zh/i2t_r1": 0.25, "eval/val/en/i2t_r1": 0.125}
 
 
@@ -22,12 +31,18 @@ def card_of(folder):
     return (folder / "README.md").read_text(encoding="utf-8")
 
 
+def metadata_of(folder):
+    """Return the metadata as the Hub's own library reads it."""
+    return ModelCard.load(folder / "README.md").data
+
+
 def test_metadata_names_both_languages_and_the_task(tmp_path, tiny_config, tiny_encoder):
     write_model_card(tmp_path, tiny_config, tiny_encoder, {})
-    head = yaml.safe_load(card_of(tmp_path).split("---")[1])
-    assert head["language"] == ["zh", "en"]
-    assert head["library_name"] == "transformers"
-    assert head["pipeline_tag"] == "zero-shot-image-classification"
+    data = metadata_of(tmp_path)
+    assert data.language == ["zh", "en"]
+    assert data.library_name == "transformers"
+    assert data.pipeline_tag == "zero-shot-image-classification"
+    assert ModelCardData(**data.to_dict()).to_dict() == data.to_dict()
 
 
 def test_card_states_size_data_and_objectives_of_the_run(tmp_path, tiny_config, tiny_encoder):
@@ -65,10 +80,80 @@ def test_pictures_that_ask_for_attribution_get_it(tmp_path, tiny_config, tiny_en
     assert attribution in card_of(tmp_path)
 
 
-def test_the_example_in_the_card_runs(tmp_path, tiny_config, tiny_encoder, tiny_model_folder):
+@pytest.mark.parametrize(
+    ("license", "words"),
+    [("apache-2.0", "apache-2.0."), (None, "None is stated for these weights; ask who made them.")],
+)
+def test_a_licence_is_stated_and_never_invented(tmp_path, tiny_encoder, license, words):
+    write_card(tiny_encoder, tmp_path, license=license)
+    assert metadata_of(tmp_path).license == (license or "unknown")
+    assert f"## Licence\n\n{words}\n" in card_of(tmp_path)
+
+
+def test_every_saved_folder_has_a_card_that_names_its_golden_vectors(tiny_model_folder):
+    data = metadata_of(tiny_model_folder)
+    assert (data.language, data.license) == (["zh", "en"], "unknown")
+    assert "`golden.json` holds the vectors" in card_of(tiny_model_folder)
+    assert "8 fixed texts and 4 pictures" in card_of(tiny_model_folder)
+    assert "trust_remote_code=True" in card_of(tiny_model_folder)
+
+
+@pytest.mark.parametrize(
+    ("towers", "there", "absent"),
+    [
+        ("image", "model.encode_image(", ["encode_text", "AutoModel", "texts of up to"]),
+        ("text", "model.encode_text(", ["cat.jpg", "PIL", "pipeline(", "pictures of"]),
+    ],
+)
+def test_the_card_of_one_tower_shows_only_what_it_can(
+    tmp_path, tiny_model_folder, towers, there, absent
+):
+    write_card(load_model(tiny_model_folder, towers=towers), tmp_path)
+    assert there in card_of(tmp_path)
+    assert [words for words in absent if words in card_of(tmp_path)] == []
+
+
+# ── the examples ────────────────────────────────────────────────────────────────────────────────
+
+
+def examples(folder, path="path/to/this/folder"):
+    blocks = re.findall(r"```python\n(.*?)```", card_of(folder), re.DOTALL)
+    return [block.replace(path, str(folder)) for block in blocks]
+
+
+def run(python, code, folder):
+    Image.new("RGB", (40, 30), (200, 30, 30)).save(folder / "cat.jpg")
+    env = {**os.environ, "HF_MODULES_CACHE": str(folder.parent / "modules")}
+    words = [str(python), "-c", code]
+    ran = subprocess.run(words, cwd=folder, env=env, capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr
+    return json.loads(ran.stdout.splitlines()[-1])
+
+
+SHAPES = "\nimport json\nprint(json.dumps([list(v.shape) for v in (texts, pictures)]))"
+
+
+def test_the_examples_in_the_card_run(tmp_path, tiny_config, tiny_encoder, tiny_model_folder):
     folder = copytree(tiny_model_folder, tmp_path / "模型")
     write_model_card(folder, tiny_config, tiny_encoder, {})
-    (code,) = re.findall(r"```python\n(.*?)```", card_of(folder), re.DOTALL)
-    names: dict[str, object] = {}
-    exec(code.replace("path/to/this/folder", str(folder)), names)  # the card's own text
-    assert getattr(names["vectors"], "shape", None) == (2, tiny_encoder.dim)
+    ours, auto, pipe, _ = examples(folder)
+    assert "load_model" in ours
+    report = (
+        "\nimport json\nprint(json.dumps([list(texts.shape), list(pictures.shape), "
+        "list(outputs.text_embeds.shape), list(outputs.image_embeds.shape), len(odds)]))"
+    )
+    found = run(sys.executable, "\n".join([ours, auto, pipe, report]), folder)
+    two, one = [2, tiny_encoder.dim], [1, tiny_encoder.dim]
+    assert found == [two, one, two, one, 2]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("environment", ENVIRONMENTS, ids=lambda path: path.name)
+def test_the_example_of_sentence_transformers_runs(tmp_path, tiny_model_folder, environment):
+    if not (environment / "bin/python").is_file():
+        pytest.skip(f"no {environment.name}; make test-consumers makes it")
+    folder = copytree(tiny_model_folder, tmp_path / "模型")
+    *_, sentences = examples(folder)
+    assert "SentenceTransformer" in sentences
+    found = run(environment / "bin/python", sentences + SHAPES, folder)
+    assert found == [[2, 16], [1, 16]]

@@ -68,8 +68,10 @@ def test_model_folder_files_import_each_other_relatively() -> None:
 def test_public_names_are_frozen() -> None:
     assert m2encoder.__all__ == [
         "load_model",
+        "list_models",
         "Encoder",
         "BadItem",
+        "ModelInfo",
         "M2Encoder",
         "M2EncoderConfig",
         "Pair",
@@ -112,6 +114,10 @@ def test_commands_are_frozen() -> None:
         "embed",
         "index",
         "search",
+        "convert",
+        "models ls",
+        "models info",
+        "models verify",
         "config list",
         "config cp",
     ]

@@ -141,7 +141,7 @@ def test_a_folder_holds_weights_preprocessing_code_and_nothing_pickled(folder: P
 
 def test_the_python_files_of_a_folder_import_nothing_of_m2encoder(folder: Path) -> None:
     files = {path.stem: path for path in folder.glob("*.py")}
-    assert len(files) == 6
+    assert len(files) == 7
     for path in files.values():
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.ImportFrom) and node.level:
@@ -315,7 +315,10 @@ DAMAGE: dict[str, tuple[Change, str]] = {
         lambda folder: (folder / "config.json").write_text("[]"),
         "model_type is None, expected 'm2_encoder'",
     ),
-    "another model": (config(model_type="clip"), "model_type is 'clip', expected 'm2_encoder'"),
+    "another model": (
+        config(model_type="bert"),
+        "model_type is 'bert', expected m2_encoder or one of",
+    ),
     "impossible shape": (config(width=33), "num_heads 4 does not divide width 33"),
     "a word for a number": (config(width="wide"), "cannot load its weights ("),
     "truncated weights": (cut("model.safetensors", 100_000), "model.safetensors: damaged file ("),
@@ -365,12 +368,12 @@ def test_a_damaged_folder_is_one_line_that_says_what_was_found(
 @pytest.mark.parametrize(
     ("name", "words"),
     [
-        ("runs/nowhere/模型", "runs/nowhere/模型: no such model folder; check the path"),
-        ("m2-encoder-1b", "m2-encoder-1b is a preset without weights here; give the path of a"),
-        (__file__, "test_load.py: no such model folder"),
+        ("runs/nowhere/模型", "runs/nowhere/模型: no such model folder or checkpoint; check the"),
+        ("m2-encoder-tiny", "m2-encoder-tiny is a preset without weights; give the path of a"),
+        (__file__, "test_load.py: not a torch checkpoint, or damaged"),
     ],
 )
-def test_a_path_that_is_no_folder_is_one_line(name: str, words: str) -> None:
+def test_what_is_no_model_is_one_line(name: str, words: str) -> None:
     with pytest.raises(CheckpointError) as caught:
         load_model(name)
     assert words in str(caught.value)

@@ -1,12 +1,11 @@
-"""M2Encoder: equal to an obvious slow reference and to the official code, and what follows from it.
+"""M2Encoder: equal to an obvious slow reference, and what follows from it.
 
-Not for its parts (test_layers.py), sizes (test_presets.py) or opening folders (test_load.py).
+Not for the released code's outputs (test_released.py), its parts (test_layers.py), sizes
+(test_presets.py) or opening folders (test_load.py).
 """
 
-import json
 import math
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,7 +16,6 @@ from torch import Tensor
 from m2encoder.model.configuration_m2encoder import M2EncoderConfig
 from m2encoder.model.modeling_m2encoder import M2Encoder, mask_up_to_end
 
-OFFICIAL = Path(__file__).resolve().parents[2] / "shared/conformance/official"
 END = 3
 SHAPE: dict[str, Any] = {
     "width": 24, "num_heads": 3, "image_layers": 2, "text_layers": 1, "shared_layers": 2,
@@ -147,70 +145,6 @@ def test_vectors_are_the_features_at_unit_norm_in_float32() -> None:
         assert vectors.dtype == torch.float32
         torch.testing.assert_close(vectors.norm(dim=1), torch.ones(len(vectors)))
         torch.testing.assert_close(vectors * raw.norm(dim=1, keepdim=True), raw)
-
-
-# ── the official code: its random tiny model and its outputs ────────────────────────────────────
-
-
-def from_official(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Return the official tiny weights under our names, without what inference never reads."""
-    inner = {
-        "attention_norm": "self_attn_layer_norm.{}", "attention.inner_norm":
-        "self_attn.inner_attn_ln.{}", "attention.out": "self_attn.out_proj.{}",
-        "ffn_norm": "final_layer_norm.{}", "ffn.fc1": "ffn.{}.fc1",
-        "ffn.inner_norm": "ffn.{}.ffn_layernorm", "ffn.fc2": "ffn.{}.fc2",
-    }  # fmt: skip
-    backbone = "backbone.encoder"
-    stacks = (("image.stack", backbone, "A", 2), ("text.stack", backbone, "B", 2))
-    ours = {
-        "logit_scale": weights["logit_scale"],
-        "image.cls_token": weights["backbone.vision_embed.cls_token"],
-        "image.positions": weights[f"{backbone}.embed_positions.A.weight"][2:],
-        "text.positions": weights[f"{backbone}.embed_positions.B.weight"][2:],
-        "text.token_embed.weight": weights["backbone.text_embed.weight"],
-        "image_projection.weight": weights["itc_vl_image_proj.fc.weight"],
-        "text_projection.weight": weights["itc_vl_text_proj.fc.weight"],
-    }
-    for kind in ("weight", "bias"):
-        ours[f"image.patch_embed.{kind}"] = weights[f"backbone.vision_embed.proj.{kind}"]
-        for name, theirs, branch, layers in (*stacks, ("shared", "backbone_vl", "A", 1)):
-            ours[f"{name}.norm.{kind}"] = weights[f"{theirs}.layer_norm.{branch}.{kind}"]
-            for layer in range(layers):
-                block, source = f"{name}.blocks.{layer}", f"{theirs}.layers.{layer}"
-                for part, official in inner.items():
-                    path = f"{source}.{official.format(branch)}.{kind}"
-                    ours[f"{block}.{part}.{kind}"] = weights[path]
-                ours[f"{block}.attention.qkv.{kind}"] = torch.cat(
-                    [weights[f"{source}.self_attn.{p}_proj.{branch}.{kind}"] for p in "qkv"]
-                )
-    return ours
-
-
-@pytest.mark.skipif(not OFFICIAL.is_dir(), reason="the official code's files are not beside us")
-def test_the_official_tiny_weights_give_the_official_outputs() -> None:
-    settings = json.loads((OFFICIAL / "tiny_config.json").read_text(encoding="utf-8"))
-    size = settings["encoder_embed_dim"]
-    model = M2Encoder(
-        M2EncoderConfig(
-            width=size, num_heads=settings["encoder_attention_heads"], projection_dim=size,
-            image_layers=2, text_layers=2, shared_layers=1, image_size=32, patch_size=16,
-            vocab_size=settings["vocab_size"],
-        )
-    ).eval()  # fmt: skip
-    loaded = torch.load(OFFICIAL / "tiny_state_dict.ckpt", weights_only=True)["state_dict"]
-    model.load_state_dict(from_official(loaded))
-    inputs = np.load(OFFICIAL / "tiny_inputs.npz")
-    want = np.load(OFFICIAL / "tiny_expected.npz")
-    given = {name: torch.from_numpy(inputs[name]) for name in inputs.files}
-    with torch.no_grad():
-        out = model(given["input_ids"], given["pixel_values"], given["attention_mask"])
-        short = model.encode_text(given["input_ids_len20"], given["attention_mask_len20"])
-    assert out.logits_per_image is not None
-    # Official float32 and float64 differ by 6e-7 on features; tanh GELU would give 8e-5 here.
-    np.testing.assert_allclose(out.image_embeds, want["image_cls_vlffn_feats"], atol=2e-6)
-    np.testing.assert_allclose(out.text_embeds, want["text_cls_vlffn_feats"], atol=2e-6)
-    np.testing.assert_allclose(short, want["text_cls_vlffn_feats_len20"], atol=2e-6)
-    np.testing.assert_allclose(out.logits_per_image, want["logits_per_image"], atol=2e-5)
 
 
 # ── shared layers ───────────────────────────────────────────────────────────────────────────────

@@ -35,6 +35,12 @@ COMMANDS: dict[str, Command] = {
     "embed": Command("search", "embed", "write the vectors of pictures or texts"),
     "index": Command("search", "index", "build a search index of pictures"),
     "search": Command("search", "search", "find pictures by Chinese, English or another picture"),
+    "convert": Command(
+        "convert", "convert", "turn a released checkpoint into a model folder, and back"
+    ),
+    "models ls": Command("models", "ls", "name the released models"),
+    "models info": Command("models", "info", "describe a released model or a model folder"),
+    "models verify": Command("verify", "verify", "compare a model with its golden vectors"),
     "config list": Command("configuration", "list_configs", "name the shipped configurations"),
     "config cp": Command("configuration", "copy_config", "copy a shipped configuration to edit it"),
 }
@@ -57,7 +63,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
     level = logging.WARNING if "--quiet" in flags else logging.INFO
     logging.basicConfig(level=level, format="%(message)s", stream=sys.stderr)
-    for chatty in ("httpx", "faiss"):
+    for chatty in ("httpx", "httpx2", "faiss"):
         logging.getLogger(chatty).setLevel(logging.WARNING)
     try:
         return _run(words)

@@ -4,7 +4,7 @@ Not for training augmentation (m2encoder/transforms.py). Normalisation happens i
 """
 
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any, Literal, TypedDict
 
 import numpy as np
 from PIL import Image
@@ -12,6 +12,13 @@ from transformers.image_processing_base import ImageProcessingMixin
 from transformers.image_processing_utils import BatchFeature
 
 ResizeMode = Literal["squash", "shortest"]
+
+
+class Settings(TypedDict, total=False):
+    """What a caller of `from_pretrained` may set; transformers 5 asks for it by this kind."""
+
+    size_px: int
+    resize_mode: ResizeMode
 
 
 class M2EncoderImageProcessor(ImageProcessingMixin):
@@ -23,6 +30,7 @@ class M2EncoderImageProcessor(ImageProcessingMixin):
     """
 
     model_input_names = ["pixel_values"]  # noqa: RUF012 - the type that transformers expects
+    valid_kwargs = Settings
 
     def __init__(
         self, size_px: int = 224, resize_mode: ResizeMode = "squash", **kwargs: Any

@@ -6,7 +6,7 @@ name.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from transformers.utils import ModelOutput
 
 from .configuration_m2encoder import M2EncoderConfig
 from .layers import Block, ImageTower, Stack, TextTower, resize_positions
+from .towers import TimmImageTower, TransformersTextTower
 
 
 @dataclass
@@ -50,14 +51,14 @@ class M2Encoder(PreTrainedModel):
     def __init__(self, config: M2EncoderConfig) -> None:
         super().__init__(config)
         shape = config.architecture
-        self.image: ImageTower | None = None
-        self.text: TextTower | None = None
+        self.image: ImageTower | TimmImageTower | None = None
+        self.text: TextTower | TransformersTextTower | None = None
         if config.towers in ("both", "image"):
-            self.image = ImageTower(shape)
-            self.image_projection = nn.Linear(shape.width, shape.projection_dim, bias=False)
+            self.image, width = _make_image_tower(config)
+            self.image_projection = nn.Linear(width, shape.projection_dim, bias=False)
         if config.towers in ("both", "text"):
-            self.text = TextTower(shape)
-            self.text_projection = nn.Linear(shape.width, shape.projection_dim, bias=False)
+            self.text, width = _make_text_tower(config)
+            self.text_projection = nn.Linear(width, shape.projection_dim, bias=False)
         absent = {"both": [], "image": ["text"], "text": ["image"]}[config.towers]
         self._keys_to_ignore_on_load_unexpected = [rf"^{tower}[._]" for tower in absent]
         self.shared = Stack(shape, shape.shared_layers)
@@ -91,6 +92,27 @@ class M2Encoder(PreTrainedModel):
                 if (projection := getattr(self, name, None)) is not None:
                     nn.init.normal_(projection.weight, std=0.02)
 
+    @classmethod
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
+        """Open a model folder as transformers does; a timm tower computes its tables again."""
+        loaded = super().from_pretrained(*args, **kwargs)
+        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        if isinstance(model.image, TimmImageTower):
+            model.image.restore_tables(model.config.image_size)
+        return loaded
+
+    @property
+    def dim(self) -> int:
+        """Width P of the vectors."""
+        return self.config.projection_dim
+
+    @property
+    def vector_settings(self) -> list[Any]:
+        """What decides the vectors beside the weights, as plain values."""
+        config = self.config
+        towers = [tower for tower in (config.image_tower, config.text_tower) if tower is not None]
+        return [asdict(config.architecture), config.image_mean, config.image_std, *towers]
+
     def encode_image(self, pixel_values: Tensor) -> Tensor:
         """pixel_values: (B, 3, S, S) in 0..1. Returns (B, P) float32, unit norm.
 
@@ -115,10 +137,13 @@ class M2Encoder(PreTrainedModel):
             raise ValueError(
                 f"pixel_values are {tuple(pixel_values.shape)}, expected (B, 3, {size}, {size})"
             )
-        pixel_values = pixel_values.to(self.image.positions.dtype)
+        pixel_values = pixel_values.to(self.image_projection.weight.dtype)
         mean = pixel_values.new_tensor(self.config.image_mean)[:, None, None]
         std = pixel_values.new_tensor(self.config.image_std)[:, None, None]
-        hidden_BLD = self.shared(self.image((pixel_values - mean) / std), None)
+        pixel_values = (pixel_values - mean) / std
+        if isinstance(self.image, TimmImageTower):
+            return self.image_projection(self.image(pixel_values))
+        hidden_BLD = self.shared(self.image(pixel_values), None)
         return self.image_projection(hidden_BLD[:, 0])
 
     def _text_features(self, input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
@@ -126,21 +151,29 @@ class M2Encoder(PreTrainedModel):
             raise ValueError(
                 "this model was loaded with towers='image'; load it with towers='both'"
             )
-        if input_ids.ndim != 2 or input_ids.shape[1] > len(self.text.positions):
+        if input_ids.ndim != 2 or input_ids.shape[1] > self.config.text_positions:
             raise ValueError(
                 f"input_ids are {tuple(input_ids.shape)}, expected (M, L) with L at most "
-                f"{len(self.text.positions)}"
+                f"{self.config.text_positions}"
             )
         if attention_mask is None:
-            attention_mask = mask_up_to_end(input_ids, self.config.eos_token_id)
+            attention_mask = self._derived_mask(input_ids)
         if attention_mask.shape != input_ids.shape:
             raise ValueError(
                 f"attention_mask is {tuple(attention_mask.shape)}, expected the shape of "
                 f"input_ids, {tuple(input_ids.shape)}"
             )
         mask_ML = attention_mask.bool()
+        if isinstance(self.text, TransformersTextTower):
+            return self.text_projection(self.text(input_ids, mask_ML))
         hidden_MLD = self.shared(self.text(input_ids, mask_ML), mask_ML)
         return self.text_projection(hidden_MLD[:, 0])
+
+    def _derived_mask(self, input_ids: Tensor) -> Tensor:
+        pad, end = self.config.pad_token_id, self.config.eos_token_id
+        if isinstance(self.text, TransformersTextTower) and pad != end:
+            return (input_ids != pad).long()  # not every tokenizer ends a text with a token
+        return mask_up_to_end(input_ids, end)
 
     def get_image_features(self, pixel_values: Tensor, **_: Any) -> BaseModelOutputWithPooling:
         """transformers' name: `pooler_output` is (B, P), projected, not normalised."""
@@ -160,7 +193,12 @@ class M2Encoder(PreTrainedModel):
         attention_mask: Tensor | None = None,
         **_: Any,
     ) -> M2EncoderOutput:
-        """Encode pictures (B, 3, S, S), texts (M, L) or both; with both also compare them."""
+        """Encode pictures (B, 3, S, S), texts (M, L) or both; with both also compare them.
+
+        Texts over max_text_length are cut here: transformers' pipelines tokenize without a limit.
+        """
+        if input_ids is not None and input_ids.shape[1] > self.config.max_text_length:
+            input_ids, attention_mask = self._cut(input_ids, attention_mask)
         image = None if pixel_values is None else self.encode_image(pixel_values)
         text = None if input_ids is None else self.encode_text(input_ids, attention_mask)
         if image is None or text is None:
@@ -168,18 +206,49 @@ class M2Encoder(PreTrainedModel):
         logits = self.logit_scale.float().exp() * image.float() @ text.float().T
         return M2EncoderOutput(logits, logits.T, image, text)  # pyright: ignore[reportArgumentType]
 
+    def _cut(self, input_ids: Tensor, attention_mask: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Return ids and mask (M, max_text_length): of a longer text first, last and what is kept.
+
+        The ids that the tokenizer gives when it truncates; it drops from truncation_side.
+        """
+        if attention_mask is None:
+            attention_mask = mask_up_to_end(input_ids, self.config.eos_token_id)
+        limit = self.config.max_text_length
+        place_ML = torch.arange(limit, device=input_ids.device).repeat(len(input_ids), 1)
+        excess_M1 = (attention_mask.sum(dim=1, keepdim=True) - limit).clamp(min=0)
+        moved = slice(1, None) if self.config.truncation_side == "left" else slice(-1, None)
+        place_ML[:, moved] += excess_M1
+        return input_ids.gather(1, place_ML), attention_mask.gather(1, place_ML)
+
     @torch.no_grad()
     def set_image_size(self, image_size: int) -> None:
         """Take pictures of another size, a multiple of the patch: resize the position table."""
         shape = self.config.architecture
-        if image_size < 1 or image_size % shape.patch_size:
+        if isinstance(self.image, TimmImageTower):
+            self.image.set_image_size(image_size)
+        elif image_size < 1 or image_size % shape.patch_size:
             raise ValueError(
                 f"image_size is {image_size}, expected a multiple of patch_size {shape.patch_size}"
             )
-        if self.image is not None:
+        if isinstance(self.image, ImageTower):
             table = resize_positions(self.image.positions, image_size // shape.patch_size)
             self.image.positions = nn.Parameter(table.clone())
         self.config.image_size = image_size
+
+
+def _make_image_tower(config: M2EncoderConfig) -> tuple[ImageTower | TimmImageTower, int]:
+    """Return a tower and the width of what it gives."""
+    if config.image_tower is None:
+        return ImageTower(config.architecture), config.architecture.width
+    tower = TimmImageTower(config.image_tower, image_size=config.image_size)
+    return tower, tower.width
+
+
+def _make_text_tower(config: M2EncoderConfig) -> tuple[TextTower | TransformersTextTower, int]:
+    if config.text_tower is None:
+        return TextTower(config.architecture), config.architecture.width
+    tower = TransformersTextTower(config.text_tower, pad_token_id=config.pad_token_id)
+    return tower, tower.width
 
 
 def mask_up_to_end(input_ids: Tensor, end_id: int) -> Tensor:

@@ -3,6 +3,7 @@
 from typing import Any
 
 from transformers import BatchFeature, ProcessorMixin
+from transformers import __version__ as transformers_version
 
 from .image_processing_m2encoder import M2EncoderImageProcessor
 
@@ -11,8 +12,9 @@ class M2EncoderProcessor(ProcessorMixin):
     """Pictures and texts to the inputs of M2Encoder."""
 
     attributes = ["image_processor", "tokenizer"]  # noqa: RUF012 - transformers' names and types
-    image_processor_class = "AutoImageProcessor"
-    tokenizer_class = "AutoTokenizer"
+    if transformers_version.startswith("4."):  # 5 finds both by itself, and warns of these
+        image_processor_class = "AutoImageProcessor"
+        tokenizer_class = "AutoTokenizer"
 
     image_processor: M2EncoderImageProcessor
 
