@@ -27,73 +27,10 @@ from m2encoder.released_tokenizer import load_tokenizer
 from m2encoder.tokenizer import train_tokenizer, write_tokenizer_class
 
 WORDS = {
-    "en": [
-        "a",
-        "the",
-        "red",
-        "blue",
-        "small",
-        "cat",
-        "dog",
-        "man",
-        "woman",
-        "child",
-        "sits",
-        "stands",
-        "plays",
-        "runs",
-        "on",
-        "in",
-        "near",
-        "with",
-        "sofa",
-        "table",
-        "street",
-        "park",
-        "beach",
-        "city",
-        "old",
-        "young",
-        "two",
-        "three",
-        "holding",
-        "wearing",
-        "hat",
-        "ball",
-        "phone",
-    ],
-    "zh": [
-        "一只",
-        "红色的",
-        "蓝色的",
-        "小",
-        "猫",
-        "狗",
-        "男人",
-        "女人",
-        "孩子",
-        "坐在",
-        "站在",
-        "玩",
-        "跑",
-        "沙发上",
-        "桌子",
-        "街道",
-        "公园里",
-        "海滩",
-        "城市",
-        "老",
-        "年轻的",
-        "两个",
-        "三个",
-        "拿着",
-        "戴着",
-        "帽子",
-        "球",
-        "手机",
-        "旁边",
-        "和",
-    ],
+    "en": "a the red blue small cat dog man woman child sits stands plays runs on in near with "
+    "sofa table street park beach city old young two three holding wearing hat ball phone",
+    "zh": "一只 红色的 蓝色的 小 猫 狗 男人 女人 孩子 坐在 站在 玩 跑 沙发上 桌子 街道 公园里 "
+    "海滩 城市 老 年轻的 两个 三个 拿着 戴着 帽子 球 手机 旁边 和",
 }
 
 
@@ -103,7 +40,7 @@ def make_captions(count: int) -> list[str]:
     captions = []
     for i in range(count):
         lang, space = (("en", " "), ("zh", ""))[i % 2]
-        captions.append(space.join(chance.choices(WORDS[lang], k=chance.randint(6, 16))))
+        captions.append(space.join(chance.choices(WORDS[lang].split(), k=chance.randint(6, 16))))
     return captions
 
 

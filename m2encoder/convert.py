@@ -23,7 +23,7 @@ from m2encoder.golden import write_golden
 from m2encoder.model.architecture import Architecture
 from m2encoder.model.configuration_m2encoder import M2EncoderConfig, Towers
 from m2encoder.model.image_processing_m2encoder import M2EncoderImageProcessor
-from m2encoder.model_folder import read_tensors, save_model_folder
+from m2encoder.model_folder import EXTRAS, check_only_ours, read_tensors, save_model_folder
 from m2encoder.released import Report, build_model, find_weights, to_released
 from m2encoder.released_config import (
     preset_of,
@@ -37,8 +37,6 @@ from m2encoder.torch_files import read_torch_file
 
 logger = logging.getLogger(__name__)
 
-EXTRAS = "released_extras.safetensors"
-"""Beside a converted model's weights: what its checkpoint carries and inference never uses."""
 TOKENIZER = "sp.model"
 RELEASED_END_ID = 50_000  # end and padding, where no tokenizer says otherwise
 
@@ -123,6 +121,7 @@ def convert_released(
     The file's precision is kept; golden vectors are computed in float32, for which the model must
     fit in memory. Raises CheckpointError, ConfigError or DataError in one line.
     """
+    check_only_ours(out)
     encoder, extras, report = open_released(checkpoint, config=config, tokenizer=tokenizer)
     sp_model = None
     if encoder.tokenizer is not None:

@@ -31,6 +31,8 @@ WEIGHTS = "model.safetensors"
 """The weights, unless they lie in several files; then an index beside them says which."""
 PICTURES_AND_TEXTS = "processor_config.json"
 PICTURES_ONLY = "preprocessor_config.json"
+EXTRAS = "released_extras.safetensors"
+"""Beside a converted model's weights: what its checkpoint carries and inference never uses."""
 TEXT_FILES = (PICTURES_AND_TEXTS, "tokenizer.json", "tokenizer_config.json")
 OURS = re.compile(
     r"model[\w.-]*\.safetensors|released_extras\.safetensors|sp\.model|README\.md"
@@ -74,7 +76,9 @@ def open_folder(
 
 def _check_folder(folder: Path) -> None:
     index = folder / (WEIGHTS + ".index.json")
-    textless = (folder / PICTURES_ONLY).is_file() and not (folder / PICTURES_AND_TEXTS).is_file()
+    textless = (folder / PICTURES_ONLY).is_file() and not any(
+        (folder / name).is_file() for name in TEXT_FILES
+    )
     for name in ("config.json", WEIGHTS, *(() if textless else TEXT_FILES)):
         if not (folder / name).is_file() and not (name == WEIGHTS and index.is_file()):
             raise CheckpointError(
@@ -201,14 +205,15 @@ def save_model_folder(
 
     An older model folder is replaced once everything is written. Weights keep their dtype; whoever
     opens them computes in float32 unless asked for another.
-    sp_model: serves further training; by default the one in the folder that `encoder` is from.
+    sp_model: serves further training; by default the one in the folder that `encoder` is from,
+        whose unused released tensors come along too.
     license: SPDX name for the card; without one the card says that none is stated.
     repo_id: the repository that the card's examples open; by default a path to fill in.
     max_shard_size: weights above it take several files.
     golden: whether to write golden vectors, which takes a forward pass of each tower.
     Raises DataError if the folder holds other files or cannot be written.
     """
-    _check_only_ours(folder)
+    check_only_ours(folder)
     sp_model = sp_model or _sp_model_of(encoder)
     with complete_folder(folder, marker="config.json") as new:
         _write_weights(encoder, new, max_shard_size)
@@ -216,12 +221,14 @@ def save_model_folder(
         _write_sentence_transformers(encoder, new)
         if sp_model is not None:
             (new / "sp.model").write_bytes(sp_model)
+        if encoder.folder is not None and (encoder.folder / EXTRAS).is_file():
+            shutil.copy(encoder.folder / EXTRAS, new / EXTRAS)
         if golden:
             write_golden(encoder, new)
         write_card(encoder, new, repo_id=repo_id, license=license)
 
 
-def _check_only_ours(folder: Path) -> None:
+def check_only_ours(folder: Path) -> None:
     """Raise DataError if replacing `folder` would lose files that no model folder has."""
     found = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
     if strangers := [name for name in found if not OURS.fullmatch(name)]:

@@ -288,7 +288,8 @@ def to_released(
         )
     released = {n: t for n, t in extras.items() if not n.endswith(_first_rows(""))}
     for name, theirs in table.items():
-        pieces = list(weights[name].chunk(len(theirs))) if len(theirs) > 1 else [weights[name]]
+        whole = weights[name]
+        pieces = list(whole.chunk(len(theirs))) if whole.ndim else [whole]
         if name in POSITIONS:
             blank = pieces[0].new_zeros(UNUSED_POSITIONS, shape.width)
             first = extras.get(_first_rows(theirs[0]), blank).to(pieces[0].dtype)

@@ -17,6 +17,7 @@ from typing import Any
 import safetensors.torch
 import torch
 from torch import Tensor
+from torch import _utils as torch_utils
 
 from m2encoder.errors import CheckpointError
 
@@ -140,7 +141,7 @@ def _restricted_pickle(stubs: set[str]) -> Any:
     class Unpickler(pickle.Unpickler):
         def find_class(self, module_name: str, global_name: str, /) -> Any:
             if module_name == "torch._utils" and global_name in _REBUILDERS:
-                return _Rebuild(getattr(torch._utils, global_name))
+                return _Rebuild(getattr(torch_utils, global_name))
             if (found := _SAFE.get((module_name, global_name))) is not None:
                 return found
             stubs.add(f"{module_name}.{global_name}")

@@ -70,6 +70,7 @@ def test_a_converted_folder_gives_the_vectors_of_the_checkpoint(
     )
     for found, want in pairs:  # the same weights elsewhere in memory: sums may be ordered otherwise
         np.testing.assert_allclose(found, want, atol=1e-6, rtol=0)
+    again.save_pretrained(out)  # keeps what only the released layout needs
     assert main(["convert", str(out), str(tmp_path / "back.ckpt"), "--to", "released"]) == 0
     want = torch.load(released / "m.ckpt", weights_only=True)["state_dict"]
     back = torch.load(tmp_path / "back.ckpt", weights_only=True)["state_dict"]
@@ -155,9 +156,9 @@ def edited(edit: Callable[[Weights], Any]) -> Callable[[Path], None]:
     return change
 
 
-def configured(**changes: Any) -> Callable[[Path], None]:
+def configured(**changes: Any) -> Callable[[Path], Any]:
     text = json.dumps({**SETTINGS, **changes})
-    return lambda folder: (folder / "config.json").write_text(text, encoding="utf-8") and None
+    return lambda folder: (folder / "config.json").write_text(text, encoding="utf-8")
 
 
 def cut(folder: Path) -> None:
@@ -241,6 +242,7 @@ def test_what_cannot_be_converted_gives_one_line_and_leaves_nothing(
 
 def test_an_existing_folder_of_others_is_never_replaced(released: Path, tmp_path: Path) -> None:
     (tmp_path / "ours").mkdir()
+    (tmp_path / "ours/config.json").write_text("{}", encoding="utf-8")
     (tmp_path / "ours/thesis.txt").write_text("mine", encoding="utf-8")
     words = ["convert", str(released / "m.ckpt"), str(tmp_path / "ours")]
     assert main([*words, "--config", str(released / "config.json")]) == 3
@@ -259,3 +261,8 @@ def test_a_model_with_no_place_in_the_released_layout_says_so(
     assert tiny_encoder.model.config.patch_stem == "conv"
     assert main(words) == 3
     assert not list(tmp_path.glob("back*"))
+
+
+def test_a_folder_of_ours_needs_no_conversion(tiny_model_folder: Path, tmp_path: Path) -> None:
+    assert main(["convert", str(tiny_model_folder), str(tmp_path / "copy")]) == 2
+    assert not list(tmp_path.glob("copy*"))

@@ -153,8 +153,9 @@ def test_position_tables_are_resized_as_released_but_never_cut_off(
     encoder, extras, report = open_released(checkpoint, config=config)
     want = np.load(folder / case["expected"])
     assert isinstance(encoder.model, M2Encoder)
-    assert encoder.model.image is not None
-    table = encoder.model.image.positions.numpy()
+    tower = encoder.model.image
+    assert tower is not None
+    table = tower.positions.numpy()
     stored = weights_of(checkpoint)["backbone.encoder.embed_positions.A.weight"]
     if size != case["checkpoint_image_size"]:
         assert [(r.rows, r.wanted_rows) for r in report.resized] == [(len(stored), len(table) + 2)]
@@ -168,11 +169,10 @@ def test_position_tables_are_resized_as_released_but_never_cut_off(
         return
     np.testing.assert_array_equal(table, want["image_position_table_loaded"][2:])
     pixels = given("pixel_values", want)
+    head = extras["itc_image_proj.fc.weight"]
     with torch.no_grad():
         features = encoder.model.encode_image(pixels).numpy()
-        heads = (
-            encoder.model.image((pixels - 0.5) / 0.5)[:, 0] @ extras["itc_image_proj.fc.weight"].T
-        )
+        heads = tower((pixels - 0.5) / 0.5)[:, 0] @ head.T
     np.testing.assert_allclose(features, want["image_cls_vlffn_feats"], atol=2e-6, rtol=0)
     heads = heads / heads.norm(dim=1, keepdim=True)
     np.testing.assert_allclose(heads, want["image_cls_feats"], atol=2e-6, rtol=0)

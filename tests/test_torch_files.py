@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import save_file
+from torch import _utils as torch_utils
 from torch import nn
 
 from m2encoder.errors import CheckpointError
@@ -120,7 +121,7 @@ class Runs:
 def attacks(canary: Path) -> dict[str, Any]:
     shell = f"touch {canary}"
     code = f"open({str(canary)!r}, 'w')"
-    changed = torch._utils._rebuild_tensor_v2
+    changed = torch_utils._rebuild_tensor_v2
     return {
         "os.system": Runs(os.system, shell),
         "eval": Runs(eval, code),
@@ -131,7 +132,7 @@ def attacks(canary: Path) -> dict[str, Any]:
         "torch.load": Runs(torch.load, str(canary)),
         "nested": {"state_dict": [Runs(os.system, shell)]},
         "key": {Runs(os.system, shell): 1},
-        "in a parameter": Runs(torch._utils._rebuild_parameter, Runs(os.system, shell), True, None),
+        "in a parameter": Runs(torch_utils._rebuild_parameter, Runs(os.system, shell), True, None),
         "rebuilder": Runs(changed, Runs(os.system, shell), 0, (1,), (1,), False, None),
     }
 
@@ -177,7 +178,7 @@ def test_a_bare_pickle_with_code_is_refused(name: str, tmp_path: Path) -> None:
 
 def test_the_functions_that_rebuild_tensors_cannot_be_changed(tmp_path: Path) -> None:
     """A pickle may set the state of whatever it names; torch's functions must stay as they are."""
-    before = torch._utils._rebuild_tensor_v2.__defaults__
+    before = torch_utils._rebuild_tensor_v2.__defaults__
     path = tmp_path / "bad.ckpt"
     torch.save({"state_dict": weights()}, path)
     program = (
@@ -190,7 +191,7 @@ def test_the_functions_that_rebuild_tensors_cannot_be_changed(tmp_path: Path) ->
             new.writestr(item.filename, data)
     with contextlib.suppress(CheckpointError):
         read_torch_file(tmp_path / "new.ckpt")
-    assert torch._utils._rebuild_tensor_v2.__defaults__ == before
+    assert torch_utils._rebuild_tensor_v2.__defaults__ == before
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")

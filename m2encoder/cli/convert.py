@@ -45,8 +45,16 @@ def convert(
 
 
 def _copy(model: str, out: Path) -> list[str]:
-    """Write any model that load_model opens as a folder."""
+    """Write another family's model as a folder that opens offline."""
+    from m2encoder.errors import ConfigError
     from m2encoder.load import load_model
+    from m2encoder.model.modeling_m2encoder import M2Encoder
 
-    load_model(model, device="cpu").save_pretrained(out)
+    encoder = load_model(model, device="cpu")
+    if isinstance(encoder.model, M2Encoder):
+        raise ConfigError(
+            f"{model}: already a model folder of ours ({encoder.folder}); copy it, or go back with "
+            f"--to released"
+        )
+    encoder.save_pretrained(out)
     return [f"model folder written: {out}"]
