@@ -17,7 +17,7 @@ from m2encoder.config import Data
 from m2encoder.errors import DataError
 from m2encoder.images import open_image
 from m2encoder.shards import ShardReader
-from m2encoder.tokenizer import TextTokenizer
+from m2encoder.tokenizer import SentencePieceTokenizer
 from m2encoder.transforms import augment
 
 LANGUAGES = ("zh", "en")
@@ -44,7 +44,7 @@ class TrainingStream:
         settings: Data,
         *,
         image_size: int,
-        tokenizer: TextTokenizer,
+        tokenizer: SentencePieceTokenizer,
         languages: Sequence[str] = LANGUAGES,
         seed: int,
     ) -> None:
@@ -113,7 +113,7 @@ class _Samples(Dataset[Sample]):
         reader: ShardReader,
         settings: Data,
         image_size: int,
-        tokenizer: TextTokenizer,
+        tokenizer: SentencePieceTokenizer,
         languages: tuple[str, ...],
         seed: int,
     ) -> None:

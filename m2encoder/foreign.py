@@ -10,7 +10,8 @@ from pathlib import Path
 import torch
 
 from m2encoder.encoder import Encoder
-from m2encoder.errors import CheckpointError
+from m2encoder.errors import CheckpointError, DataError
+from m2encoder.folders import complete_folder
 from m2encoder.foreign_open_clip import CONFIG_NAME as OPEN_CLIP_CONFIG
 from m2encoder.foreign_open_clip import OpenClipModel, open_open_clip_folder, save_open_clip
 from m2encoder.foreign_transformers import (
@@ -51,17 +52,21 @@ def open_foreign(folder: Path, *, device: torch.device, dtype: str = "float32") 
 
 
 def save_foreign(encoder: Encoder, folder: Path) -> None:
-    """Write a folder that opens offline, here and in the model's own library.
+    """Write a new folder that opens offline, here and in the model's own library, or nothing.
 
-    Raises CheckpointError if it is none of the models that `open_foreign` opens.
+    Raises DataError if the folder holds files, CheckpointError if it is none of the models that
+    `open_foreign` opens, or cannot be opened offline.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    if folder.is_dir() and any(folder.iterdir()):
+        raise DataError(f"{folder}: holds files, expected a new folder; choose another name")
     if isinstance(encoder.model, TransformersModel):
-        save_transformers(encoder, folder)
+        save, marker = save_transformers, "config.json"
     elif isinstance(encoder.model, OpenClipModel):
-        save_open_clip(encoder, folder)
+        save, marker = save_open_clip, OPEN_CLIP_CONFIG
     else:
         raise CheckpointError(f"{encoder.name}: {type(encoder.model).__name__} is our own model")
+    with complete_folder(folder, marker=marker) as new:
+        save(encoder, new)
 
 
 def _model_type(folder: Path) -> str | None:

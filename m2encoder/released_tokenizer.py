@@ -103,12 +103,12 @@ class ReleasedTokenizer(SentencePieceTokenizer):
     def to_fast(self) -> PreTrainedTokenizerFast:
         """Return the same tokenizer for transformers.
 
-        Ids are equal for every single character and every text in NFKC, as far as
-        `MAX_TEXT_CHARACTERS` reach, and so for all that people write in Chinese and English. They
-        may differ where several characters stand for one: letters with combining accents (NFD),
-        conjoining or compatibility jamo, half-width kana with a voicing mark, and rarely Arabic and
-        Indic marks. There the fast tokenizer folds graphemes, SentencePiece the longest run that
-        its map knows. `unicodedata.normalize("NFKC", text)` makes both agree.
+        Ids are equal for every single character of Unicode, and in tests for all captions of the
+        official files and random strings of many scripts, as far as `MAX_TEXT_CHARACTERS` reach.
+        They may differ where several characters stand for one: a letter before a combining mark
+        (NFD accents; some Arabic and Indic marks), conjoining or compatibility jamo, half-width
+        kana with a voicing mark. There the fast tokenizer folds graphemes, SentencePiece the
+        longest run that its map knows. `unicodedata.normalize("NFKC", text)` makes both agree.
 
         Raises CheckpointError if the model has settings that cannot be written so.
         """

@@ -250,13 +250,6 @@ class TextTokenizer(SentencePieceTokenizer):
             )
         self._normalizer = normalizing(NORMALIZER, text_normalization)
 
-    @classmethod
-    def load(
-        cls, path: Path, *, max_length: int, truncation_side: TruncationSide = "left"
-    ) -> "TextTokenizer":
-        """Read `sp.model`. Raises DataError if it is missing or no SentencePiece model."""
-        return cls(read_model(path), max_length=max_length, truncation_side=truncation_side)
-
     def prepare(self, text: str) -> str:
         """Return the part of a text that is looked at, normalised."""
         return apply(self._normalizer, clip(text, self.truncation_side))

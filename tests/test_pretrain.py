@@ -10,9 +10,11 @@ import sys
 import time
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 import yaml
+from released_model import small_model
 from safetensors.torch import load_file
 
 from m2encoder.cli import main
@@ -21,6 +23,7 @@ from m2encoder.cli.pretrain import run
 from m2encoder.config import TokenizerConfig
 from m2encoder.load import load_model
 from m2encoder.log import read_metrics
+from m2encoder.released_tokenizer import ReleasedTokenizer
 
 
 @pytest.fixture
@@ -58,6 +61,19 @@ def test_a_run_exports_a_folder_that_load_model_opens(exported):
     assert vectors.shape == (3, 16)
     weights = load_file(max((out / "checkpoints").iterdir()) / "model.safetensors")
     assert all(torch.equal(v, weights[k]) for k, v in encoder.model.state_dict().items())
+
+
+def test_a_run_trains_with_a_released_tokenizer(write_config, tmp_path):
+    (tmp_path / "released.model").write_bytes(small_model())
+    released = TokenizerConfig(path=str(tmp_path / "released.model"))
+    words, out = write_config(tokenizer=released)
+    assert main(words) == 0
+    encoder = load_model(out / "model", device="cpu")
+    own = ReleasedTokenizer(small_model())
+    text = "  一只红色的猫  and a cat"
+    assert encoder.tokenizer(text)["input_ids"] == own.encode(text)
+    assert encoder.model.config.eos_token_id == own.end_id
+    np.testing.assert_allclose(np.linalg.norm(encoder.encode_text(text)), 1, atol=1e-6)
 
 
 def test_the_exported_folder_has_a_card_a_tokenizer_and_its_figures(exported):

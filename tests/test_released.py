@@ -19,6 +19,7 @@ from m2encoder.convert import convert_released, export_released, open_released
 from m2encoder.encoder import Encoder
 from m2encoder.load import load_model
 from m2encoder.model.configuration_m2encoder import M2EncoderConfig
+from m2encoder.model.layers import ImageTower
 from m2encoder.model.modeling_m2encoder import M2Encoder
 from m2encoder.presets import preset
 from m2encoder.released import CONTAINERS, PREFIX, extra_shapes, key_map
@@ -154,7 +155,7 @@ def test_position_tables_are_resized_as_released_but_never_cut_off(
     want = np.load(folder / case["expected"])
     assert isinstance(encoder.model, M2Encoder)
     tower = encoder.model.image
-    assert tower is not None
+    assert isinstance(tower, ImageTower)
     table = tower.positions.numpy()
     stored = weights_of(checkpoint)["backbone.encoder.embed_positions.A.weight"]
     if size != case["checkpoint_image_size"]:

@@ -18,6 +18,7 @@ from tokenizers import Tokenizer, models
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from m2encoder.errors import ConfigError, DataError
+from m2encoder.released_tokenizer import load_tokenizer
 from m2encoder.tokenizer import (
     CLS_ID,
     END_ID,
@@ -293,11 +294,11 @@ def test_bytes_that_are_no_model_are_one_line(model: bytes) -> None:
 @pytest.mark.skipif(not OFFICIAL.is_file(), reason="the released vocabulary is not beside us")
 def test_the_released_vocabulary_is_refused_in_one_line() -> None:
     with pytest.raises(DataError) as caught:
-        TextTokenizer.load(OFFICIAL, max_length=52)
+        TextTokenizer(OFFICIAL.read_bytes(), max_length=52)
     assert "begins with <unk> <s> </s> <n>, expected ＜pad＞ ＜unk＞" in str(caught.value)
     assert "\n" not in str(caught.value)
 
 
 def test_a_missing_model_file_is_one_line_with_its_path(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"sp\.model: no such tokenizer; train one with: m2enc"):
-        TextTokenizer.load(tmp_path / "sp.model", max_length=52)
+        load_tokenizer(tmp_path / "sp.model", max_length=52)

@@ -16,7 +16,7 @@ from m2encoder.errors import ConfigError
 if TYPE_CHECKING:
     from m2encoder.data_pipeline.stream import TrainingStream
     from m2encoder.encoder import Encoder
-    from m2encoder.tokenizer import TextTokenizer
+    from m2encoder.tokenizer import SentencePieceTokenizer
 
 logger = logging.getLogger(__name__)
 
@@ -53,20 +53,21 @@ def run(cfg: PretrainConfig, *, show_progress: bool | None = None) -> Path:
     return out / "model"
 
 
-def prepare_tokenizer(cfg: PretrainConfig) -> "TextTokenizer":
+def prepare_tokenizer(cfg: PretrainConfig) -> "SentencePieceTokenizer":
     """Return a started run's own tokenizer, else the configured one, else one trained anew."""
     from m2encoder.cli.tokenizer import read_texts
-    from m2encoder.tokenizer import TextTokenizer, train_tokenizer
+    from m2encoder.released_tokenizer import load_tokenizer
+    from m2encoder.tokenizer import train_tokenizer
 
     own = Path(cfg.out) / "sp.model"
     if not (own.is_file() and is_started(own.parent)):
         if cfg.tokenizer.path is not None:
-            model = TextTokenizer.load(Path(cfg.tokenizer.path), max_length=2).model
+            model = load_tokenizer(Path(cfg.tokenizer.path), max_length=2).model
         else:
             texts = read_texts([Path(cfg.data.train)])
             model = train_tokenizer(texts, vocab_size=cfg.tokenizer.vocab_size)
         _write_whole(own, model)
-    return TextTokenizer.load(
+    return load_tokenizer(
         own,
         max_length=cfg.model.max_text_length,
         truncation_side=cfg.tokenizer.truncation_side,
@@ -80,7 +81,7 @@ def is_started(out: Path) -> bool:
     return bool(list_checkpoints(out / "checkpoints")) or (out / "model").is_dir()
 
 
-def make_stream(cfg: PretrainConfig, tokenizer: "TextTokenizer") -> "TrainingStream":
+def make_stream(cfg: PretrainConfig, tokenizer: "SentencePieceTokenizer") -> "TrainingStream":
     """Return the batches that this run trains on."""
     from m2encoder.data_pipeline.stream import TrainingStream
     from m2encoder.objectives import languages_of
@@ -94,7 +95,7 @@ def make_stream(cfg: PretrainConfig, tokenizer: "TextTokenizer") -> "TrainingStr
     )
 
 
-def new_encoder(cfg: PretrainConfig, tokenizer: "TextTokenizer") -> "Encoder":
+def new_encoder(cfg: PretrainConfig, tokenizer: "SentencePieceTokenizer") -> "Encoder":
     """Return a freshly initialised model with its preprocessing; the seed decides its weights."""
     import torch
 
@@ -102,10 +103,11 @@ def new_encoder(cfg: PretrainConfig, tokenizer: "TextTokenizer") -> "Encoder":
     from m2encoder.model.configuration_m2encoder import M2EncoderConfig
     from m2encoder.model.image_processing_m2encoder import M2EncoderImageProcessor
     from m2encoder.model.modeling_m2encoder import M2Encoder
-    from m2encoder.tokenizer import END_ID, PAD_ID
 
     torch.manual_seed(cfg.seed)
-    config = M2EncoderConfig(**asdict(cfg.model), pad_token_id=PAD_ID, eos_token_id=END_ID)
+    config = M2EncoderConfig(
+        **asdict(cfg.model), pad_token_id=tokenizer.pad_id, eos_token_id=tokenizer.end_id
+    )
     processor = M2EncoderImageProcessor(cfg.model.image_size, cfg.data.resize_mode)
     return Encoder(M2Encoder(config), processor, tokenizer.to_fast(), name=Path(cfg.out).name)
 

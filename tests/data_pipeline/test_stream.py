@@ -17,15 +17,15 @@ from m2encoder.config import Augment, Data
 from m2encoder.data_pipeline.stream import TrainingStream
 from m2encoder.errors import DataError
 from m2encoder.images import open_image
+from m2encoder.released_tokenizer import load_tokenizer
 from m2encoder.shards import Pair, ShardReader, write_shards
-from m2encoder.tokenizer import TextTokenizer
 
 NO_CHANGES = Augment(crop_scale_min=1, crop_ratio_max=1)
 
 
 @pytest.fixture(scope="module")
 def tokenizer(tiny_model_folder):
-    return TextTokenizer.load(tiny_model_folder / "sp.model", max_length=24)
+    return load_tokenizer(tiny_model_folder / "sp.model", max_length=24)
 
 
 @pytest.fixture

@@ -257,3 +257,4 @@ def test_a_text_tower_of_transformers_cannot_be_saved(tmp_path: Path) -> None:
     encoder.model.config["text_cfg"]["hf_model_name"] = "xlm-roberta-base"
     with pytest.raises(CheckpointError, match="its text tower xlm-roberta-base is built from"):
         encoder.save_pretrained(tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]  # nothing half-written
