@@ -2,6 +2,8 @@
 PYTHON ?= python3#     Python 3.11 or newer that makes the environments
 VENV ?= .venv#         main environment; holds no torchvision
 PEERS ?= .venv-peers#  the same and open_clip, timm: tests/peers and benchmarks only
+TF4 ?= .venv-tf4#      transformers 4.57 and sentence-transformers, no m2encoder: test-consumers
+TF5 ?= .venv-tf5#      the same with the newest transformers
 RUNS ?= runs#          where the demos write
 TORCH_INDEX ?=#        a package index to take torch from, for example PyTorch's CPU wheels
 
@@ -11,17 +13,19 @@ TORCH := $(shell grep '^torch==' constraints.txt)
 TORCHVISION := $(shell grep '^torchvision==' constraints-peers.txt)
 QUICK := not slow and not gpu and not network
 SLOW := slow and not gpu and not network
+CONSUMERS := sentence-transformers transformers pillow
 EMOJI := $(foreach artist,google twitter,build/emoji/emoji-datasource-$(artist)-16.0.0.tgz)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo demo-smoke demo-emoji test test-slow check bench clean
+.PHONY: help demo demo-smoke demo-emoji test test-consumers test-slow check bench clean
 
 help:
 	@echo "make demo        draw pictures, train, evaluate, index, search; report in $(RUNS)/demo"
 	@echo "make demo-smoke  the same in half a minute, to see that everything runs"
 	@echo "make demo-emoji  train on one artist's emoji, search another's (needs npm)"
 	@echo "make test        the tests"
+	@echo "make test-consumers  model folders in other libraries, where m2encoder is not installed"
 	@echo "make test-slow   the tests that take minutes"
 	@echo "make check       formatting, lint, types and the import rule"
 	@echo "make bench       the benchmark tables"
@@ -39,6 +43,9 @@ demo-emoji: $(VENV)/.stamp $(EMOJI)
 test: $(VENV)/.stamp $(PEERS)/.stamp
 	$(BIN)/python -m pytest -q -m "$(QUICK)" tests
 	$(PEERS_BIN)/python -m pytest -q -m "$(QUICK)" tests/peers
+
+test-consumers: $(VENV)/.stamp $(TF4)/.stamp $(TF5)/.stamp
+	M2ENC_CONSUMERS=$(TF4):$(TF5) $(BIN)/python -m pytest -q tests/test_consumers.py tests/test_card.py
 
 test-slow: $(VENV)/.stamp
 	$(BIN)/python -m pytest -q -m "$(SLOW)" tests
@@ -79,6 +86,21 @@ $(VENV)/.stamp: pyproject.toml constraints.txt
 
 $(PEERS)/.stamp: pyproject.toml constraints.txt constraints-peers.txt
 	$(call environment,$(PEERS),$(TORCH) $(TORCHVISION),dev$(comma)peers,constraints-peers.txt)
+
+# $(call consumer,FOLDER,CONSTRAINTS): an environment without m2encoder.
+define consumer
+	@echo "Making the environment $(1): a minute or several, mostly downloading torch."
+	test -x $(1)/bin/pip || $(PYTHON) -m venv $(1)
+	$(if $(TORCH_INDEX),$(1)/bin/pip install $(TORCH) --index-url $(TORCH_INDEX))
+	$(1)/bin/pip install $(TORCH) $(CONSUMERS) -c $(2)
+	@touch $@
+endef
+
+$(TF4)/.stamp: constraints.txt constraints-tf4.txt
+	$(call consumer,$(TF4),constraints-tf4.txt)
+
+$(TF5)/.stamp: constraints.txt constraints-tf5.txt
+	$(call consumer,$(TF5),constraints-tf5.txt)
 
 comma := ,
 

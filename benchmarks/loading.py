@@ -1,9 +1,10 @@
 """How much memory opening a model takes, beside plain transformers, each in a process of its own.
 
-Writes the 0.4B shape with random weights (1 GB in float32) to a temporary folder in several ways and
-prints one table: peak resident memory above that of the imports, when the model has been opened and
-when it has encoded one picture and one text, and its ratio to the weights (the larger of stored and
-in memory; target: at most 1.2). Pages of a file that is only mapped count as resident. Linux only.
+Writes the 0.4B shape with random weights (1 GB in float32) to a temporary folder in several ways
+and prints one table: peak resident memory above that of the imports, when the model has been opened
+and when it has encoded one picture and one text, and its ratio to the weights (the larger of stored
+and in memory; target: at most 1.2). Pages of a file that is only mapped count as resident. Linux
+only.
 """
 
 import argparse

@@ -35,7 +35,8 @@ def write_card(
 ) -> None:
     """Write `folder/README.md`: metadata, how to open the model, its shape, then `sections`.
 
-    repo_id: the repository that the examples open; None is a path to fill in. license: as the Hub spells it (`apache-2.0`); None is `unknown`.
+    repo_id: the repository that the examples open; None is a path to fill in.
+    license: as the Hub spells it (`apache-2.0`); None is `unknown`.
     """
     data = ModelCardData(
         language=["zh", "en"],
@@ -50,9 +51,9 @@ def write_card(
         "An image-text encoder for Chinese and English, saved by m2encoder.\n",
         _use(encoder, ours, theirs),
         _shape(encoder),
-        f"## Check\n\n`{GOLDEN}` holds the vectors that this model gave of {len(TEXTS)} fixed texts "
-        f"and {len(golden_pictures())} pictures made by formula. `m2enc models verify {ours}` "
-        f"compares them with those that it gives now.\n",
+        f"## Check\n\n`{GOLDEN}` holds the vectors that this model gave of {len(TEXTS)} fixed "
+        f"texts and {len(golden_pictures())} pictures made by formula. "
+        f"`m2enc models verify {ours}` compares them with those that it gives now.\n",
         *sections,
         "## Licence\n\n"
         + (
@@ -101,9 +102,9 @@ def _use(encoder: Encoder, path: str, their_path: str) -> str:
     if not text:
         return "\n".join(parts)
     parts.append(
-        "Also without m2encoder, on transformers 4.57 or newer. `trust_remote_code=True` is needed, "
-        "because the classes are in this folder's Python files; they import transformers, torch, "
-        "NumPy and Pillow. They compute in float32 unless asked for another dtype.\n"
+        "Also without m2encoder, on transformers 4.57 or newer. `trust_remote_code=True` is "
+        "needed, because the classes are in this folder's Python files; they import transformers, "
+        "torch, NumPy and Pillow. They compute in float32 unless asked for another dtype.\n"
     )
     theirs = [
         "from PIL import Image" if image else "",

@@ -19,11 +19,14 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast
 
+from m2encoder.compat import mend_torchvision
 from m2encoder.errors import CheckpointError, ConfigError, DataError
 from m2encoder.images import ImageSource, open_image
-from m2encoder.model.modeling_m2encoder import M2Encoder
 from m2encoder.protocols import DualModel, PixelMaker
 from m2encoder.tokenizer import clip, normalize
+
+# Before anything imports transformers' models, which a torchvision that does not load would break.
+mend_torchvision()
 
 logger = logging.getLogger(__name__)
 
@@ -131,6 +134,8 @@ class Encoder:
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
         """Write a folder that `load_model` and transformers open, or open_clip its own models."""
+        from m2encoder.model.modeling_m2encoder import M2Encoder
+
         if isinstance(self.model, M2Encoder):
             from m2encoder.model_folder import save_model_folder as save
         else:

@@ -236,9 +236,10 @@ def _load(what: str) -> Iterator[None]:
             warnings.simplefilter("ignore")
             yield
     except Exception as error:  # a damaged file may raise anything
+        reason = first_line(error).partition(". ")[0]
         raise CheckpointError(
-            f"{what}: open_clip cannot open it ({first_line(error)}); check the files, or the "
-            f"network if they have to come from there"
+            f"{what}: open_clip cannot open it ({reason}); check the files, or the network if they "
+            f"have to come from there"
         ) from None
     finally:
         logging.disable(disabled)

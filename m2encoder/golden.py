@@ -6,6 +6,7 @@ still the same. Not for the published figures of the released models (anchor.py)
 
 import copy
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -32,8 +33,8 @@ TOLERANCES = {"float32": 1e-5, "tf32": 1e-3, "float16": 2e-3, "bfloat16": 2e-2}
 """What a component of a unit vector may differ by, by the precision that computed it.
 
 At least eight times what was seen with random weights of the 0.4B shape: 1.4e-7 between threads,
-batches and kernels in float32 on a CPU; from there to TF32 (simulated) 1.2e-4, to float16 2.2e-4, to
-bfloat16 2.1e-3. Trained weights and deeper models need some room above that.
+batches and kernels in float32 on a CPU; from there to TF32 (simulated) 1.2e-4, to float16 2.2e-4,
+to bfloat16 2.1e-3. Trained weights and deeper models need some room above that.
 """
 KINDS = ("text", "image", "logit_scale")
 
@@ -105,12 +106,22 @@ def check_golden(encoder: Encoder, folder: Path) -> GoldenReport:
 
 
 def golden_vectors(
-    encoder: Encoder, texts: "list[str] | tuple[str, ...]"
+    encoder: Encoder, texts: Sequence[str]
 ) -> dict[str, dict[str, np.ndarray[Any, Any]]]:
     """Return {"text": {text: vector}, "image": {picture's name: vector}}, (dim,) float32 each.
 
-    Either is empty where the encoder has no tower for it, or no tokenizer.
+    Either is empty where the encoder has no tower for it, or no tokenizer. No dropout meanwhile.
     """
+    training = [module for module in encoder.model.modules() if module.training]
+    encoder.model.eval()
+    try:
+        return _vectors(encoder, texts)
+    finally:
+        for module in training:
+            module.training = True
+
+
+def _vectors(encoder: Encoder, texts: Sequence[str]) -> dict[str, dict[str, np.ndarray[Any, Any]]]:
     quiet = copy.copy(encoder)
     quiet._told_of_truncation = True  # the long text is no user's
     towers = encoder.model.config.towers

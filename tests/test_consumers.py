@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tiny_models
+from consumers.environments import ENVIRONMENTS, ROOT, python_of
 from PIL import Image
 from transformers import BertConfig, BertModel
 
@@ -26,11 +27,8 @@ from m2encoder.model.modeling_m2encoder import M2Encoder
 from m2encoder.model_folder import save_model_folder
 from m2encoder.towers import build_encoder
 
-ROOT = Path(__file__).resolve().parents[1]
 RELEASED = ROOT.parent / "shared/data/official/sp.model"
 CHECK = ROOT / "tests/consumers/check_folder.py"
-DEFAULT = f"{ROOT / '.venv-tf4'}{os.pathsep}{ROOT / '.venv-tf5'}"
-ENVIRONMENTS = [Path(e) for e in os.environ.get("M2ENC_CONSUMERS", DEFAULT).split(os.pathsep)]
 TEXTS = [
     "一只红色的猫",
     "繁體中文：貓與狗",
@@ -81,8 +79,8 @@ def with_released_tokenizer(encoder: Encoder, folder: Path) -> None:
 
     tokenizer = ReleasedTokenizer(RELEASED.read_bytes())
     shape = replace(encoder.model.config.architecture, vocab_size=tokenizer.vocab_size)
-    ids = {"pad_token_id": tokenizer.pad_id, "eos_token_id": tokenizer.end_id}
-    model = M2Encoder(M2EncoderConfig(**asdict(shape), **ids))
+    end = tokenizer.end_id
+    model = M2Encoder(M2EncoderConfig(**asdict(shape), pad_token_id=end, eos_token_id=end))
     processor = M2EncoderImageProcessor(shape.image_size)
     save_model_folder(Encoder(model, processor, tokenizer.to_fast()), folder)
 
@@ -118,9 +116,7 @@ FOLDERS = [
 def test_every_consumer_gives_the_vectors_of_load_model(
     environment: Path, write: Write, tiny_encoder: Encoder, tmp_path: Path
 ) -> None:
-    python = environment / "bin/python"
-    if not python.is_file():
-        pytest.skip(f"no {environment.name}; make test-consumers makes it")
+    python = python_of(environment)
     folder = tmp_path / "模型"
     write(tiny_encoder, folder)
     write_expected(folder, tmp_path / "expected.npz")
@@ -131,7 +127,7 @@ def test_every_consumer_gives_the_vectors_of_load_model(
         capture_output=True,
         text=True,
     )
-    print(ran.stdout)
+    sys.stdout.write(ran.stdout)  # the figures, for pytest -rP
     assert ran.returncode == 0, ran.stdout + ran.stderr
     lines = ran.stdout.splitlines()
     assert len([line for line in lines if line.endswith(": ok")]) == 4

@@ -23,9 +23,13 @@ from m2encoder.errors import CheckpointError, ConfigError
 from m2encoder.golden import GOLDEN, TEXTS, check_golden, golden_pictures, write_golden
 from m2encoder.load import load_model
 from m2encoder.model.configuration_m2encoder import M2EncoderConfig
+from m2encoder.model.image_processing_m2encoder import M2EncoderImageProcessor
 from m2encoder.model.modeling_m2encoder import M2Encoder
 from m2encoder.model_folder import save_model_folder
 from m2encoder.presets import preset
+from m2encoder.released_tokenizer import ReleasedTokenizer
+
+RELEASED = Path(__file__).resolve().parents[2] / "shared/data/official/sp.model"
 
 
 @pytest.fixture
@@ -61,9 +65,9 @@ def test_a_saved_folder_holds_its_vectors_to_the_bit(folder: Path) -> None:
     golden, encoder = golden_of(folder), opened(folder)
     assert tuple(golden["text"]) == TEXTS
     want = encoder.encode_text(list(TEXTS))
-    assert np.array_equal(np.float32(list(golden["text"].values())), want)
+    assert np.array_equal(np.array(list(golden["text"].values()), np.float32), want)
     want = encoder.encode_image(list(golden_pictures().values()))
-    assert np.array_equal(np.float32(list(golden["image"].values())), want)
+    assert np.array_equal(np.array(list(golden["image"].values()), np.float32), want)
     assert golden["logit_scale"] == encoder.logit_scale
     made = golden["made_with"]
     assert (made["precision"], made["device"]) == ("float32", "cpu")
@@ -95,6 +99,19 @@ def test_writing_leaves_the_one_warning_of_truncation_to_the_user(folder, tmp_pa
     assert caplog.messages == []
     encoder.encode_text("长 long " * 100)
     assert len(caplog.messages) == 1
+
+
+def test_a_model_in_training_is_measured_without_dropout_and_goes_on_training(folder, tmp_path):
+    encoder = opened(folder)
+    encoder.model.train()
+    encoder.model.image.eval()  # as where one tower is frozen
+    encoder.model.text.stack.register_forward_hook(
+        lambda module, _, hidden: torch.nn.functional.dropout(hidden, training=module.training)
+    )
+    before = [module.training for module in encoder.model.modules()]
+    write_golden(encoder, tmp_path)
+    assert golden_of(tmp_path) == golden_of(folder)
+    assert [module.training for module in encoder.model.modules()] == before
 
 
 # ── what is compared ────────────────────────────────────────────────────────────────────────────
@@ -268,5 +285,22 @@ def test_the_command_prints_json(folder: Path, capsys) -> None:
 
 def test_a_picture_is_refused_for_a_model_without_published_figures(folder, tmp_path):
     Image.new("RGB", (30, 30)).save(tmp_path / "pokemon.jpeg")
-    with pytest.raises(ConfigError, match="only m2-encoder-0.4b, m2-encoder-1b, m2-encoder-10b"):
+    with pytest.raises(ConfigError, match=r"only m2-encoder-0\.4b, m2-encoder-1b, "):
         run(folder, "--device", "cpu", "--image", tmp_path / "pokemon.jpeg")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not RELEASED.is_file(), reason="no released tokenizer here")
+def test_random_weights_of_a_released_shape_are_off_the_published_figures(tmp_path, capsys):
+    """Weights of 1 GB, saved without golden vectors as they may come from elsewhere."""
+    tokenizer = ReleasedTokenizer(RELEASED.read_bytes())
+    model = M2Encoder(M2EncoderConfig(**asdict(preset("m2-encoder-0.4b"))))
+    encoder = Encoder(model, M2EncoderImageProcessor(224), tokenizer.to_fast())
+    save_model_folder(encoder, tmp_path / "model", golden=False)
+    Image.new("RGB", (224, 224), (250, 220, 40)).save(tmp_path / "pokemon.jpeg")
+    assert run(tmp_path / "model", "--device", "cpu", "--image", tmp_path / "pokemon.jpeg") == 1
+    first, second, *lines = capsys.readouterr().out.splitlines()
+    assert first == "golden vectors: none here"
+    assert second == "published figures of m2-encoder-0.4b:"
+    assert [line.split(":")[0].strip() for line in lines] == list(LABELS)
+    assert lines[3].endswith("published 0.99999928: OFF")

@@ -12,7 +12,13 @@ from torch import Tensor, nn
 
 from m2encoder.model.architecture import Architecture
 from m2encoder.model.configuration_m2encoder import M2EncoderConfig
-from m2encoder.model.layers import Stack, make_patch_stem, resize_positions
+from m2encoder.model.layers import (
+    ImageTower,
+    Stack,
+    TextTower,
+    make_patch_stem,
+    resize_positions,
+)
 from m2encoder.model.modeling_m2encoder import M2Encoder
 
 
@@ -76,8 +82,8 @@ def _assert_sub_layer_norm_gains(stack: nn.Module, layers: int) -> None:
 
 
 def test_embeddings_positions_and_projections_start_as_released(wide_model: M2Encoder) -> None:
-    assert wide_model.image is not None
-    assert wide_model.text is not None
+    assert isinstance(wide_model.image, ImageTower)
+    assert isinstance(wide_model.text, TextTower)
     for weight, std in (
         (wide_model.text.token_embed.weight, 256**-0.5),
         (wide_model.text.positions, 0.5),
@@ -93,7 +99,7 @@ def test_embeddings_positions_and_projections_start_as_released(wide_model: M2En
 
 def test_positions_start_at_the_released_deviation_unless_told_otherwise() -> None:
     released = make_model(text_positions=2000).text
-    assert released is not None
+    assert isinstance(released, TextTower)
     assert float(released.positions.detach().std()) == pytest.approx(1.0, rel=0.03)
 
 
@@ -210,7 +216,7 @@ def test_positions_in_half_precision_are_averaged_in_float32() -> None:
 @pytest.mark.parametrize("size", [16, 64, 72])
 def test_a_model_takes_pictures_of_another_size_after_set_image_size(size: int) -> None:
     model = make_model().eval()
-    assert model.image is not None
+    assert isinstance(model.image, ImageTower)
     table = model.image.positions.detach().clone()
     model.set_image_size(size)
     assert model.config.architecture.grid == size // 8

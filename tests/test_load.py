@@ -303,7 +303,7 @@ def test_a_fingerprint_stays_for_another_folder_name_use_and_copy(
 # ── damage, in one line ─────────────────────────────────────────────────────────────────────────
 
 
-SEVEN_ROWS = "another" if transformers.__version__.startswith("4.") else "(7, 32)"
+SEVEN_ROWS = "(7, 32)"
 DAMAGE: dict[str, tuple[Change, str]] = {
     "no config": (without("config.json"), "no config.json, expected a model folder"),
     "no weights": (without("model.safetensors"), "no model.safetensors, expected a model folder"),

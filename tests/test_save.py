@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from m2encoder.encoder import Encoder
 from m2encoder.errors import CheckpointError, DataError
 from m2encoder.load import load_model
+from m2encoder.model.configuration_m2encoder import Towers
 from m2encoder.model_folder import save_model_folder
 
 TEXTS = ["一只红色的猫", "繁體", "a red cat", "Ｆｕｌｌ", "👨‍👩‍👧‍👦", "猫", "long 长文 " * 700]
@@ -89,7 +90,7 @@ def test_a_full_disk_leaves_the_older_folder_as_it_was(folder: Path, tiny_encode
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, hard))
     try:
-        with pytest.raises(DataError, match="模型: cannot be written .*choose a folder") as caught:
+        with pytest.raises(DataError, match=r"模型: cannot be written \(") as caught:
             save_model_folder(tiny_encoder, folder)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
@@ -148,7 +149,10 @@ def test_a_model_without_a_tokenizer_is_saved_and_opened_for_pictures(
 
 
 def test_sentence_transformers_is_told_of_the_towers_that_there_are(folder, tmp_path):
-    for towers, kinds in (("both", ["text", "image"]), ("image", ["image"]), ("text", ["text"])):
+    cases: list[tuple[Towers, list[str]]] = [
+        ("both", ["text", "image"]), ("image", ["image"]), ("text", ["text"]),
+    ]  # fmt: skip
+    for towers, kinds in cases:
         save_model_folder(load_model(folder, towers=towers), tmp_path / towers)
         settings = json.loads((tmp_path / towers / "sentence_bert_config.json").read_text())
         assert list(settings["modality_config"]) == kinds

@@ -17,6 +17,7 @@ import pytest
 import tiny_models
 import torch
 from tiny_models import TEXTS, pictures, wordpiece
+from tokenizers import processors
 from transformers import (
     AutoModel,
     AutoTokenizer,
@@ -143,9 +144,25 @@ def test_padding_and_a_mask_that_is_not_given_change_nothing(
     assert encoder.tokenizer.padding_side == "right"
     with torch.no_grad():
         want = model.encode_text(ids, mask)
-        torch.testing.assert_close(model.encode_text(ids.masked_fill(mask == 0, 9), mask), want)
+        filled = ids.masked_fill(mask == 0, 9)
+        torch.testing.assert_close(model.encode_text(filled, mask), want, atol=1e-6, rtol=0)
         longer = torch.nn.functional.pad(ids, (0, 3), value=pad)
         torch.testing.assert_close(model.encode_text(longer), want, atol=1e-6, rtol=0)
+
+
+def test_a_tokenizer_that_ends_no_text_still_tells_padding(tmp_path: Path) -> None:
+    folder = bert(tmp_path / "text")
+    tokenizer = wordpiece()
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A", special_tokens=[("[CLS]", tokenizer.cls_token_id)]
+    )  # pyright: ignore[reportAttributeAccessIssue]
+    tokenizer.save_pretrained(folder)
+    encoder = build_encoder(image=OWN_IMAGE, text=folder, text_pooling="mean")
+    ids = encoder.tokenizer(TEXTS[:4], padding=True, return_tensors="pt")["input_ids"]
+    assert encoder.model.config.eos_token_id is None
+    with torch.no_grad():
+        found = encoder.model.encode_text(ids).numpy()
+    np.testing.assert_allclose(found, encoder.encode_text(TEXTS[:4]), atol=1e-6)
 
 
 def test_a_text_as_long_as_the_position_table_fits(family: tuple[Path, Pooling, Encoder]) -> None:

@@ -32,7 +32,8 @@ class M2EncoderConfig(PretrainedConfig):
     image_mean, image_std: per channel; the model itself normalises pixels in 0..1 with them.
     pad_token_id, eos_token_id: used only to derive a mask where the caller gives none.
     towers: which towers are built; `image` or `text` alone saves the other's memory.
-    truncation_side: the end that `forward` drops of ids over max_text_length, as the tokenizer does.
+    truncation_side: the end that `forward` drops of ids over max_text_length, as the tokenizer
+        does.
     image_tower, text_tower: a timm or a transformers model in place of ours, as towers.py describes
         it; then shared_layers is 0 and the sizes of our own tower do not count.
     Raises ValueError when sizes do not fit each other.

@@ -247,7 +247,7 @@ def _make_image_tower(config: M2EncoderConfig) -> tuple[ImageTower | TimmImageTo
 def _make_text_tower(config: M2EncoderConfig) -> tuple[TextTower | TransformersTextTower, int]:
     if config.text_tower is None:
         return TextTower(config.architecture), config.architecture.width
-    tower = TransformersTextTower(config.text_tower, pad_token_id=config.pad_token_id)
+    tower = TransformersTextTower(config.text_tower)
     return tower, tower.width
 
 

@@ -106,20 +106,15 @@ class TransformersTextTower(nn.Module):
     Raises ValueError on a model that transformers does not hold itself.
     """
 
-    def __init__(self, settings: dict[str, Any], *, pad_token_id: int) -> None:
+    def __init__(self, settings: dict[str, Any]) -> None:
         super().__init__()
         config = text_config(settings["config"])
         self.model = AutoModel.from_config(config, **without_pooler(config))
         self.width = config.hidden_size
         self.pooling = settings["pooling"]
-        self.pad_token_id = pad_token_id
 
     def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
-        """ids: (M, L) int64, right-padded; mask: (M, L) bool, True where real. Returns (M, width).
-
-        Whatever stands in padding is replaced: RoBERTa's kind counts positions from it.
-        """
-        ids = ids.masked_fill(~mask, self.pad_token_id)
+        """ids: (M, L) int64, right-padded; mask: (M, L) bool, True where real. Returns (M, D)."""
         hidden = self.model(input_ids=ids, attention_mask=mask.long()).last_hidden_state
         if self.pooling == "cls":
             return hidden[:, 0]

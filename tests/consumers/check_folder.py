@@ -82,7 +82,7 @@ def auto_parts(case: Case) -> Vectors:
 
 def zero_shot(case: Case) -> Vectors:
     """The pipeline, with bare labels, one of them long; and what its own parts give."""
-    classify = pipeline(TASK, model=case.folder, **TRUST)
+    classify: Any = pipeline(TASK, model=case.folder, **TRUST)
     ranked = classify(case.pictures, candidate_labels=case.texts, hypothesis_template="{}")
     by_label = [{item["label"]: item["score"] for item in items} for items in ranked]
     texts = classify.tokenizer(case.texts, padding=True, return_tensors="pt")
@@ -97,7 +97,7 @@ def zero_shot(case: Case) -> Vectors:
 
 def sentence_transformer(case: Case) -> Vectors:
     """SentenceTransformer, which gives unit vectors of texts and of pictures."""
-    from sentence_transformers import SentenceTransformer
+    from sentence_transformers import SentenceTransformer  # pyright: ignore[reportMissingImports]
 
     model = SentenceTransformer(case.folder, device="cpu", **TRUST)
     text, image = model.encode(case.texts), model.encode(case.pictures)
@@ -134,7 +134,7 @@ def main() -> int:
     parser.add_argument("--atol", type=float, default=1e-6, help="of a component of a vector")
     options = parser.parse_args()
     if find_spec("m2encoder") is not None:
-        print("m2encoder can be imported here, so this would prove nothing")
+        print("m2encoder can be imported here, so this would prove nothing")  # noqa: T201 - a script
         return 1
     case, failed = Case(options.folder, options.expected), False
     for name, consumer in CONSUMERS.items():
@@ -144,7 +144,7 @@ def main() -> int:
         except Exception as error:  # one consumer's failure must not hide the others
             words, ok = f"{type(error).__name__}: {error}", False
         failed |= not ok
-        print(f"transformers {__version__} {name}: {words}: {'ok' if ok else 'OFF'}")
+        print(f"transformers {__version__} {name}: {words}: {'ok' if ok else 'OFF'}")  # noqa: T201
     return int(failed)
 
 

@@ -12,7 +12,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from tiny_duals import clip
 from tiny_models import TEXTS, pictures, randomise, wordpiece
+from transformers import AutoImageProcessor
 
 from m2encoder.compat import import_open_clip
 from m2encoder.encoder import Encoder
@@ -20,6 +22,7 @@ from m2encoder.errors import CheckpointError, ConfigError
 from m2encoder.eval.suite import evaluate
 from m2encoder.foreign import is_foreign, open_foreign
 from m2encoder.foreign_open_clip import CONFIG_NAME, WEIGHTS_NAME, open_open_clip
+from m2encoder.foreign_transformers import PILLOW
 from m2encoder.index import build_index
 
 CPU = torch.device("cpu")
@@ -47,13 +50,6 @@ KINDS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "siglip": (SIGLIP, {**STATISTICS, "interpolation": "bilinear", "resize_mode": "squash"}),
     "timm": (TIMM, STATISTICS),
 }
-
-
-@pytest.fixture(autouse=True)
-def _root_logger_is_left_alone() -> Any:
-    before = list(logging.getLogger().handlers)
-    yield
-    assert logging.getLogger().handlers == before
 
 
 def write(folder: Path, kind: str) -> Path:
@@ -134,6 +130,31 @@ def test_long_texts_are_truncated_with_one_warning(
     assert [r.getMessage() for r in caplog.records] == [
         "a text fills all 20 tokens; longer ones lose their end"
     ]
+
+
+def test_opening_sets_up_no_logging(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """open_clip logs to the root logger, which then gets a handler if it has none."""
+    root = logging.getLogger()
+    monkeypatch.setattr(root, "handlers", [])
+    open_foreign(folder, device=CPU)
+    assert root.handlers == []
+    assert root.manager.disable == logging.NOTSET
+
+
+def test_pictures_of_transformers_models_go_through_pillow_beside_torchvision_too(
+    tmp_path: Path,
+) -> None:
+    folder = clip(tmp_path / "model")
+    encoder = open_foreign(folder, device=CPU)
+    picture = pictures()[1]
+    torchvision, pillow = (
+        AutoImageProcessor.from_pretrained(folder, **options)(
+            images=picture, do_normalize=False, return_tensors="np"
+        )["pixel_values"][0]
+        for options in ({}, PILLOW)
+    )
+    assert np.abs(torchvision - pillow).max() > 1e-3
+    np.testing.assert_array_equal(encoder.image_processor.to_pixels(picture), pillow)
 
 
 def test_a_saved_model_opens_here_and_in_open_clip(

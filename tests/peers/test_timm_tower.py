@@ -216,6 +216,26 @@ def test_without_timm_transformers_says_what_to_install(tmp_path: Path) -> None:
     assert ran.stdout.count("\n") == 1
 
 
+OWN_PROCESS = """
+import sys
+import numpy as np
+from m2encoder import load_model
+encoder = load_model(sys.argv[1], device="cpu")
+np.save(sys.argv[2], encoder.encode_text(["一只红色的猫"]))
+"""
+
+
+def test_a_process_of_its_own_opens_it_beside_a_torchvision_that_does_not_load(
+    tmp_path: Path,
+) -> None:
+    encoder = build("test_vit", {})
+    save_model_folder(encoder, tmp_path / "model")
+    given = [tmp_path / "model", tmp_path / "found.npy"]
+    subprocess.run([sys.executable, "-c", OWN_PROCESS, *given], check=True, capture_output=True)
+    found, want = np.load(tmp_path / "found.npy"), encoder.encode_text(["一只红色的猫"])
+    np.testing.assert_allclose(found, want, atol=1e-6)
+
+
 MEND = """
 from m2encoder.compat import mend_torchvision
 mend_torchvision()
