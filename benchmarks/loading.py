@@ -1,4 +1,4 @@
-"""How much memory opening a model takes, beside plain transformers, each in a process of its own.
+"""How much memory opening a model takes, beside its peers, each in a process of its own.
 
 Writes the 0.4B shape with random weights (1 GB in float32) to a temporary folder in several ways
 and prints one table: peak resident memory above that of the imports, when the model has been opened
@@ -29,6 +29,18 @@ from transformers import AutoModel
 def load(path, dtype):
     return AutoModel.from_pretrained(path, dtype=dtype, trust_remote_code=True)
 """,
+    "torch.load, then copied": """
+import torch
+import m2encoder.load
+from m2encoder.model.configuration_m2encoder import M2EncoderConfig
+from m2encoder.released import Report, build_model
+from m2encoder.released_config import shape_from_tensors
+def load(path, dtype):
+    weights = torch.load(path, weights_only=True)["state_dict"]
+    config = M2EncoderConfig(**vars(shape_from_tensors(weights, where=path)))
+    report, dtype = Report("state_dict", None), getattr(torch, dtype)
+    return build_model(weights, config, where=path, report=report, dtype=dtype)[0]
+""",
 }
 """Python that defines load(path, dtype) -> a model with encode_image and encode_text."""
 MEASURE = """
@@ -55,19 +67,22 @@ class Case(NamedTuple):
     name: str
     path: Path
     dtype: str
-    loaders: tuple[str, ...] = tuple(LOADERS)
+    loaders: tuple[str, ...] = ("load_model", "AutoModel.from_pretrained")
 
 
 def write_cases(folder: Path, preset: str) -> list[Case]:
     """Write the model in several ways; returns what to open."""
     import torch
+    from safetensors.torch import save_file
 
+    from m2encoder.convert import export_released
     from m2encoder.encoder import Encoder
     from m2encoder.model.configuration_m2encoder import M2EncoderConfig
     from m2encoder.model.image_processing_m2encoder import M2EncoderImageProcessor
     from m2encoder.model.modeling_m2encoder import M2Encoder
-    from m2encoder.model_folder import save_model_folder
+    from m2encoder.model_folder import EXTRAS, save_model_folder
     from m2encoder.presets import preset as shape_of
+    from m2encoder.released import extra_shapes
     from m2encoder.tokenizer import TextTokenizer, train_tokenizer
 
     torch.manual_seed(0)
@@ -80,9 +95,15 @@ def write_cases(folder: Path, preset: str) -> list[Case]:
     one, many, half = (folder / name for name in ("one", "many", "half"))
     save_model_folder(encoder, one, max_shard_size="100GB", golden=False)
     save_model_folder(encoder, many, max_shard_size="200MB", golden=False)
+    extras = {n: torch.randn(size) for n, size in extra_shapes(shape).items()}
+    save_file(extras, one / EXTRAS)
+    export_released(one, folder / "released.ckpt")
     encoder.model.half()
     save_model_folder(encoder, half, max_shard_size="100GB", golden=False)
+    released = folder / "released.ckpt", ("load_model", "torch.load, then copied")
     return [
+        Case("released checkpoint, float32", released[0], "float32", released[1]),
+        Case("released checkpoint, float32", released[0], "float16", released[1]),
         Case("float32, one file", one, "float32"),
         Case("float32, several files", many, "float32"),
         Case("float32, one file", one, "float16"),
