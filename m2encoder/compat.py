@@ -62,6 +62,6 @@ def mend_torchvision() -> bool:
 def _import_peer(name: str, *, distribution: str) -> ModuleType:
     for needed, package in ((name, distribution), ("torchvision", "torchvision")):
         if find_spec(needed) is None:
-            raise MissingExtraError(package, extra="peers")
+            raise MissingExtraError(package, extra="towers")
     mend_torchvision()
     return import_module(name)

@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 from m2encoder.card import write_card
+from m2encoder.compat import import_timm
 from m2encoder.encoder import Encoder
 from m2encoder.errors import CheckpointError, DataError
 from m2encoder.folders import complete_folder, write_json
@@ -102,6 +103,8 @@ def _load_weights(folder: Path, dtype: str, towers: Towers) -> M2Encoder:
     try:
         with quiet_transformers():
             config = M2EncoderConfig.from_pretrained(folder, towers=towers)
+            if config.image_tower is not None and towers != "text":
+                import_timm()  # says what to install where it is absent
             model, info = cast(Any, M2Encoder.from_pretrained)(
                 None,
                 config=config,

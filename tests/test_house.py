@@ -145,6 +145,6 @@ def test_missing_peer_names_the_extra_to_install() -> None:
     from m2encoder.errors import MissingExtraError
 
     with pytest.raises(
-        MissingExtraError, match=r"open_clip_torch .*pip install 'm2encoder\[peers\]'"
+        MissingExtraError, match=r"open_clip_torch .*pip install 'm2encoder\[towers\]'"
     ):
         import_open_clip()

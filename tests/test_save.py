@@ -6,6 +6,7 @@ Not for who opens them (test_load.py, test_consumers.py).
 import json
 import resource
 import shutil
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from m2encoder.encoder import Encoder
-from m2encoder.errors import CheckpointError, DataError
+from m2encoder.errors import CheckpointError, DataError, MissingExtraError
 from m2encoder.load import load_model
 from m2encoder.model.configuration_m2encoder import Towers
 from m2encoder.model_folder import save_model_folder
@@ -216,3 +217,13 @@ def test_forward_cuts_ids_as_the_tokenizer_does(folder: Path, side: str) -> None
         np.testing.assert_allclose(found, want, atol=1e-6)
         unmasked = encoder.model(input_ids=whole["input_ids"]).text_embeds
     np.testing.assert_allclose(unmasked, want, atol=1e-6)
+
+
+@pytest.mark.skipif(find_spec("timm") is not None, reason="this environment holds timm")
+def test_a_folder_with_a_tower_of_timm_names_what_to_install(folder: Path) -> None:
+    tower = {"library": "timm", "name": "vit_tiny_patch16_224", "options": {}}
+    settings = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    settings |= {"image_tower": tower, "shared_layers": 0}
+    (folder / "config.json").write_text(json.dumps(settings), encoding="utf-8")
+    with pytest.raises(MissingExtraError, match=r"timm .*pip install 'm2encoder\[towers\]'"):
+        load_model(folder, device="cpu")
