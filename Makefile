@@ -42,7 +42,7 @@ demo-emoji: $(VENV)/.stamp $(EMOJI)
 
 test: $(VENV)/.stamp $(PEERS)/.stamp
 	$(BIN)/python -m pytest -q -m "$(QUICK)" tests
-	$(PEERS_BIN)/python -m pytest -q -m "$(QUICK)" tests/peers
+	$(PEERS_BIN)/python -m pytest -q -m "$(QUICK)" tests/peers tests/test_foreign.py
 
 test-consumers: $(VENV)/.stamp $(TF4)/.stamp $(TF5)/.stamp
 	M2ENC_CONSUMERS=$(TF4):$(TF5) $(BIN)/python -m pytest -q tests/test_consumers.py tests/test_card.py
