@@ -70,7 +70,7 @@ def info(model: str, *, json: bool = False) -> int:
     if json:
         print(dumps(facts, ensure_ascii=False, indent=2))
     else:
-        print("\n".join(f"{name:<14}{value}" for name, value in lines if value))
+        print("\n".join(f"{name + '  ':<14}{value}" for name, value in lines if value))
     return 0
 
 

@@ -95,6 +95,7 @@ def _plain_help(text: str) -> str:
     """Show option names with dashes, flags without a value, and lists as words."""
     text = re.sub(r"--[a-z][\w.]*", lambda m: m[0].replace("_", "-"), text)
     text = re.sub(r"(--[a-z][\w.-]*) \{true,false\}", r"\1", text)
+    text = re.sub(r"<class\s+'(\w+)'>", r"\1", text)
     return re.sub(r"'\[\"[A-Z]+1\",...\]'( \| LIST_OF_PATHS_FILE \| -)?", "PATH ...", text)
 
 
