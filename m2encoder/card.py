@@ -5,6 +5,7 @@ Written from the encoder and the run themselves. Not for the cards of released m
 """
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -37,6 +38,8 @@ def write_card(
 
     repo_id: the repository that the examples open; None is a path to fill in.
     license: as the Hub spells it (`apache-2.0`); None is `unknown`.
+    sections: by default those about training and results of the folder that `encoder` was opened
+        from, if its weights are unchanged.
     """
     data = ModelCardData(
         language=["zh", "en"],
@@ -54,13 +57,30 @@ def write_card(
         f"## Check\n\n`{GOLDEN}` holds the vectors that this model gave of {len(TEXTS)} fixed "
         f"texts and {len(golden_pictures())} pictures made by formula. "
         f"`m2enc models verify {ours}` compares them with those that it gives now.\n",
-        *sections,
+        *(sections or _kept_sections(encoder)),
         "## Licence\n\n"
         + (
             f"{license}.\n" if license else "None is stated for these weights; ask who made them.\n"
         ),
     ]
     (folder / "README.md").write_text("\n".join(parts), encoding="utf-8")
+
+
+def is_unchanged(encoder: Encoder) -> bool:
+    """Whether this is an opened folder's model as it was: training first sets requires_grad."""
+    return encoder.folder is not None and not any(
+        parameter.requires_grad for parameter in encoder.model.parameters()
+    )
+
+
+def _kept_sections(encoder: Encoder) -> list[str]:
+    """Return what the card of an opened, unchanged model says of its training and results."""
+    card = encoder.folder / "README.md" if encoder.folder and is_unchanged(encoder) else None
+    if card is None or not card.is_file():
+        return []
+    text = card.read_text(encoding="utf-8")
+    found = re.search(r"(?ms)^## (Training|Results)\n.*?(?=^## Licence\n|\Z)", text)
+    return [found[0]] if found else []
 
 
 def write_model_card(

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from m2encoder.encoder import Encoder
-from m2encoder.errors import CheckpointError, ConfigError
+from m2encoder.errors import CheckpointError, ConfigError, DataError
 from m2encoder.folders import complete_folder
 from m2encoder.golden import write_golden
 from m2encoder.model.architecture import Architecture
@@ -99,7 +99,11 @@ def _open_tokenizer(
     path = path or beside
     if not path.is_file():
         raise CheckpointError(f"{path}: no such tokenizer; give the sp.model of the release")
-    text = ReleasedTokenizer(path.read_bytes(), max_length=shape.max_text_length)
+    try:
+        text = ReleasedTokenizer(path.read_bytes(), max_length=shape.max_text_length)
+    except DataError as error:
+        reason = str(error).split(" (INTERNAL")[0].removesuffix("; train one first")
+        raise CheckpointError(f"{path}: {reason}; give the sp.model of the release") from None
     if text.vocab_size > shape.vocab_size:
         raise CheckpointError(
             f"{path}: has {text.vocab_size:,} pieces, the model {shape.vocab_size:,} rows for "
@@ -144,9 +148,14 @@ def export_released(folder: Path, out: Path) -> list[str]:
     Bit for bit what was converted; a model of another origin lacks what inference never uses.
     Raises CheckpointError if the layout has no place for the model.
     """
+    if out.exists():
+        raise CheckpointError(f"{out}: is there already, and would be lost; choose another name")
     shape = _shape_of(folder)
     extras = load_file(folder / EXTRAS) if (folder / EXTRAS).is_file() else {}
-    released = to_released(read_tensors(folder), extras, shape)
+    try:
+        released = to_released(read_tensors(folder), extras, shape)
+    except CheckpointError as error:
+        raise CheckpointError(f"{folder}: {error}") from None
     temporary = out.with_name(out.name + ".tmp")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -158,7 +167,10 @@ def export_released(folder: Path, out: Path) -> list[str]:
         temporary.unlink(missing_ok=True)
     lines = [f"{out}: {len(released)} tensors in the released layout"]
     if not extras:
-        lines.append(f"no {EXTRAS} in {folder}: what inference never uses is left out")
+        lines.append(
+            f"no {EXTRAS} in {folder}: what inference never uses is left out, or zero (the first "
+            f"two rows of position tables); folders that `m2enc convert` wrote have it"
+        )
     return lines
 
 

@@ -34,6 +34,6 @@ class MissingExtraError(M2EncoderError):
 
     def __init__(self, package: str, *, extra: str) -> None:
         super().__init__(
-            f"{package} is not installed, but this command needs it; "
+            f"{package} is not installed, but this needs it; "
             f"install it with: pip install 'm2encoder[{extra}]'"
         )

@@ -54,7 +54,9 @@ def load_model(
         if given not in known:
             raise ConfigError(f"{given!r} is unknown, expected one of {', '.join(known)}")
     chosen, asked = _device(device), os.fspath(path)
-    if not Path(asked).is_file() and (config or tokenizer):
+    if (config or tokenizer) and not Path(asked).is_file():
+        if not Path(asked).exists():
+            raise CheckpointError(f"{asked}: no such checkpoint file; check the path")
         raise ConfigError(f"{asked}: config and tokenizer serve a checkpoint file, this is none")
     if asked.startswith(OPEN_CLIP):
         _check_whole(asked, towers, image_size)

@@ -15,7 +15,7 @@ from safetensors import safe_open
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
-from m2encoder.card import write_card
+from m2encoder.card import is_unchanged, write_card
 from m2encoder.compat import import_timm
 from m2encoder.encoder import Encoder
 from m2encoder.errors import CheckpointError, DataError
@@ -224,8 +224,9 @@ def save_model_folder(
         _write_sentence_transformers(encoder, new)
         if sp_model is not None:
             (new / "sp.model").write_bytes(sp_model)
-        if encoder.folder is not None and (encoder.folder / EXTRAS).is_file():
-            shutil.copy(encoder.folder / EXTRAS, new / EXTRAS)
+        for name in (EXTRAS, *(["results.json"] if is_unchanged(encoder) else [])):
+            if encoder.folder is not None and (encoder.folder / name).is_file():
+                shutil.copy(encoder.folder / name, new / name)
         if golden:
             write_golden(encoder, new)
         write_card(encoder, new, repo_id=repo_id, license=license)

@@ -281,6 +281,11 @@ def to_released(
     CheckpointError on weights that the layout has no place for.
     """
     table = key_map(shape)
+    if shape.patch_stem != "linear":
+        raise CheckpointError(
+            "has a convolutional patch stem, for which the released layout has no place; only "
+            "models of the released kind (patch_stem linear) go back"
+        )
     if strangers := sorted(weights.keys() ^ table.keys()):
         raise CheckpointError(
             f"the released layout has no place for this model ({', '.join(strangers[:3])} is too "

@@ -4,6 +4,7 @@ Source: the configuration keys of alipay/Ant-Multi-Modal-Framework, prj/M2_Encod
 tensors' names (released.py).
 """
 
+import difflib
 import json
 import math
 import re
@@ -60,6 +61,9 @@ def shape_from_config(path: Path, *, text_positions: int) -> Architecture:
             f"{path}: beit_version is {version!r}, expected one of {', '.join(VERSIONS)}, as in a "
             f"configuration that came with the released weights"
         )
+    for key in settings:
+        if (meant := _meant(key)) not in (None, key):
+            raise ConfigError(f"{path}: unknown key {key!r}; did you mean {meant!r}?")
     changes = {ours: settings[theirs] for theirs, ours in KEYS.items() if theirs in settings}
     if "encoder_layers" in settings:
         changes |= dict.fromkeys(("image_layers", "text_layers"), settings["encoder_layers"])
@@ -102,6 +106,11 @@ def shape_from_tensors(weights: Mapping[str, Tensor], *, where: str) -> Architec
         f"{vocab_size:,} pieces) are no released size, and they do not show the number of heads; "
         f"give the configuration that belongs to it (config=, or m2enc convert --config)"
     )
+
+
+def _meant(key: str) -> str | None:
+    """Return the key that `key` must be a typing error of; released files have many other keys."""
+    return next(iter(difflib.get_close_matches(key, [*KEYS, "encoder_layers"], 1, 0.88)), None)
 
 
 def text_positions_of(weights: Mapping[str, Tensor], *, where: str) -> int:

@@ -92,9 +92,9 @@ def _zip_names(path: Path) -> list[str] | None:
 
 def _damaged(path: Path, error: Exception) -> CheckpointError:
     reason = next(iter(str(error).strip().splitlines()), "") or type(error).__name__
-    reason = reason.split(". ")[0][:200]
+    reason = f" ({reason.split('. ')[0][:200]})" if " " in reason else ""
     return CheckpointError(
-        f"{path}: not a torch checkpoint, or damaged ({reason}); expected a file of tensors that "
+        f"{path}: not a torch checkpoint, or damaged{reason}; expected a file of tensors that "
         f"torch.save wrote"
     )
 

@@ -207,6 +207,9 @@ BAD = {
     "no version": (
         configured(beit_version="small"), 2, "beit_version is 'small', expected one of base",
     ),
+    "misspelled key": (
+        configured(image_sise=32), 2, "unknown key 'image_sise'; did you mean 'image_size'?",
+    ),
     "no number": (
         configured(encoder_layers="9"), 2, "image_layers is '9', expected a whole number",
     ),
@@ -255,14 +258,31 @@ def test_config_and_tokenizer_are_for_checkpoint_files(tiny_model_folder: Path) 
 
 
 def test_a_model_with_no_place_in_the_released_layout_says_so(
-    tiny_encoder: Encoder, tiny_model_folder: Path, tmp_path: Path
+    tiny_encoder: Encoder,
+    tiny_model_folder: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     words = ["convert", str(tiny_model_folder), str(tmp_path / "back.ckpt"), "--to", "released"]
     assert tiny_encoder.model.config.patch_stem == "conv"
     assert main(words) == 3
+    assert "tiny: has a convolutional patch stem" in capsys.readouterr().err
     assert not list(tmp_path.glob("back*"))
 
 
 def test_a_folder_of_ours_needs_no_conversion(tiny_model_folder: Path, tmp_path: Path) -> None:
     assert main(["convert", str(tiny_model_folder), str(tmp_path / "copy")]) == 2
     assert not list(tmp_path.glob("copy*"))
+
+
+def test_going_back_never_replaces_a_file(released: Path, tmp_path: Path) -> None:
+    ours, back = tmp_path / "ours", released / "m.ckpt"
+    convert_released(released / "m.ckpt", ours, config=released / "config.json")
+    before = back.read_bytes()
+    assert main(["convert", str(ours), str(back), "--to", "released"]) == 3
+    assert back.read_bytes() == before
+
+
+def test_a_checkpoint_that_is_not_there_is_said_to_be_missing(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"m\.ckpt: no such checkpoint file"):
+        load_model(tmp_path / "m.ckpt", tokenizer="sp.model")

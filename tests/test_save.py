@@ -227,3 +227,22 @@ def test_a_folder_with_a_tower_of_timm_names_what_to_install(folder: Path) -> No
     (folder / "config.json").write_text(json.dumps(settings), encoding="utf-8")
     with pytest.raises(MissingExtraError, match=r"timm .*pip install 'm2encoder\[towers\]'"):
         load_model(folder, device="cpu")
+
+
+def test_an_unchanged_model_keeps_what_its_card_says_of_training_and_results(
+    folder: Path, tmp_path: Path
+) -> None:
+    said = "## Training\n\n12 pairs, 一些图片.\n\n## Results\n\n| R@1 | 0.5 |\n"
+    card = (folder / "README.md").read_text(encoding="utf-8")
+    (folder / "README.md").write_text(card.replace("## Licence", said + "\n## Licence"), "utf-8")
+    (folder / "results.json").write_text('{"R@1": 0.5}', encoding="utf-8")
+    encoder = load_model(folder, device="cpu")
+    encoder.save_pretrained(tmp_path / "same")
+    again = (tmp_path / "same/README.md").read_text(encoding="utf-8")
+    assert said in again
+    assert again.count("## Licence") == 1
+    assert (tmp_path / "same/results.json").is_file()
+    encoder.model.requires_grad_(True)  # as training does
+    encoder.save_pretrained(tmp_path / "trained")
+    assert "## Results" not in (tmp_path / "trained/README.md").read_text(encoding="utf-8")
+    assert not (tmp_path / "trained/results.json").exists()

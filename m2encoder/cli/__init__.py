@@ -63,7 +63,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
     level = logging.WARNING if "--quiet" in flags else logging.INFO
     logging.basicConfig(level=level, format="%(message)s", stream=sys.stderr)
-    for chatty in ("httpx", "httpx2", "faiss"):
+    for chatty in ("httpx", "httpx2", "faiss", "modelscope", "modelscope_hub"):
         logging.getLogger(chatty).setLevel(logging.WARNING)
     try:
         return _run(words)

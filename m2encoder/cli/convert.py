@@ -18,7 +18,8 @@ def convert(
     Args:
         model: a released checkpoint file, a model folder, or the name of another family's model
             (hf:ORG/NAME, open-clip:NAME, a transformers or open_clip folder).
-        out: the model folder to write; with --to released the checkpoint file.
+        out: the model folder to write, which may replace an older one; with --to released the
+            checkpoint file, which must not be there yet.
         config: the JSON configuration of a released checkpoint; released sizes need none.
         tokenizer: its sp.model; by default the one beside the checkpoint.
         to: released writes the released layout again, bit for bit.
