@@ -8,6 +8,7 @@ Training encodes with sentencepiece (about ten times faster); a model folder car
 import io
 import json
 import logging
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -135,7 +136,7 @@ def _normalized(texts: Iterable[str]) -> Iterator[str]:
             yield line
 
 
-class SentencePieceTokenizer:
+class SentencePieceTokenizer(ABC):
     """What our own tokenizer and the released one share: [CLS] pieces [END], right-padded.
 
     truncation_side: which end of a too long text is dropped; `left` is the released behaviour.
@@ -166,9 +167,9 @@ class SentencePieceTokenizer:
         """Pieces, special ones included."""
         return self._processor.vocab_size()
 
+    @abstractmethod
     def prepare(self, text: str) -> str:
         """Return a text as SentencePiece gets it. Raises DataError on half of a surrogate pair."""
-        raise NotImplementedError
 
     def encode(self, text: str) -> list[int]:
         """Return the ids of one text, truncated, special tokens included."""
@@ -187,9 +188,9 @@ class SentencePieceTokenizer:
             mask[i, : len(row)] = 1
         return TextBatch(ids, mask)
 
+    @abstractmethod
     def to_fast(self) -> PreTrainedTokenizerFast:
         """Return the same tokenizer for transformers."""
-        raise NotImplementedError
 
     def wrap(
         self, fast: Tokenizer, *, pad: str, unk: str, cls: str, end: str
