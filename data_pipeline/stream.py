@@ -14,7 +14,8 @@ from torch.utils.data import DataLoader, Dataset
 
 from m2encoder.batch import Batch, Captions
 from m2encoder.config import Data
-from m2encoder.errors import DataError
+from m2encoder.errors import ConfigError, DataError
+from m2encoder.hashing import text_key
 from m2encoder.images import open_image
 from m2encoder.shards import ShardReader
 from m2encoder.tokenizer import SentencePieceTokenizer
@@ -29,14 +30,18 @@ class Sample(NamedTuple):
     key: str
     pixels: np.ndarray[Any, Any] | None  # (3, S, S) uint8
     ids: dict[str, list[int]]
-    reason: str
+    text_keys: dict[str, int]
+    position: int
+    reason: str = ""
 
 
 class TrainingStream:
     """Batches of augmented pictures and tokenised captions by optimizer step.
 
+    Every process reads its own rows of the same global batches.
+
     Raises DataError when there are fewer pairs than one batch takes, or a language has no caption
-    at all.
+    at all; ConfigError when the processes cannot share a batch evenly.
     """
 
     def __init__(
@@ -47,7 +52,14 @@ class TrainingStream:
         tokenizer: SentencePieceTokenizer,
         languages: Sequence[str] = LANGUAGES,
         seed: int,
+        rank: int = 0,
+        world_size: int = 1,
     ) -> None:
+        if settings.batch_size % world_size:
+            raise ConfigError(
+                f"data.batch_size {settings.batch_size} is no multiple of the {world_size} "
+                f"processes; choose another"
+            )
         reader = ShardReader(Path(settings.train))
         if len(reader) < settings.batch_size:
             raise DataError(
@@ -61,6 +73,8 @@ class TrainingStream:
             )
         self.settings = settings
         self.languages = tuple(languages)
+        share = settings.batch_size // world_size
+        self._rows = range(rank * share, (rank + 1) * share)
         self._samples = _Samples(reader, settings, image_size, tokenizer, self.languages, seed)
 
     @property
@@ -69,15 +83,14 @@ class TrainingStream:
         return len(self._samples.reader) // self.settings.batch_size
 
     def batches(self, first_step: int, last_step: int) -> Iterator[Batch]:
-        """Yield the batches of steps first_step .. last_step - 1.
+        """Yield this process's rows of the batches of steps first_step .. last_step - 1.
 
         Pairs that cannot be used are left out of their batch and named in `Batch.dropped`.
         """
-        size = self.settings.batch_size
         loader = DataLoader(
             self._samples,
             batch_sampler=(  # a generator: all places of a long run do not fit in memory
-                [(step, row) for row in range(size)] for step in range(first_step, last_step)
+                [(step, row) for row in self._rows] for step in range(first_step, last_step)
             ),
             num_workers=self.settings.workers,
             collate_fn=self._collate,
@@ -91,7 +104,9 @@ class TrainingStream:
         size = self._samples.image_size
         pixels = np.stack([s.pixels for s in good]) if good else np.zeros((0, 3, size, size), "u1")  # pyright: ignore[reportArgumentType, reportCallIssue]
         captions = {language: _pad(good, language) for language in self.languages}
-        return Batch(torch.from_numpy(pixels), captions, [s.key for s in good], dropped)
+        positions = torch.tensor([s.position for s in good], dtype=torch.int64)
+        keys = [s.key for s in good]
+        return Batch(torch.from_numpy(pixels), captions, keys, positions, dropped)
 
 
 def _pad(samples: list[Sample], language: str) -> Captions:
@@ -102,7 +117,9 @@ def _pad(samples: list[Sample], language: str) -> Captions:
     for i, text in enumerate(texts):
         ids[i, : len(text)] = torch.tensor(text)
         mask[i, : len(text)] = 1
-    return Captions(ids, mask, torch.tensor(rows, dtype=torch.int64))
+    keys = [samples[row].text_keys[language] for row in rows]
+    where, same = (torch.tensor(numbers, dtype=torch.int64) for numbers in (rows, keys))
+    return Captions(ids, mask, where, same)
 
 
 class _Samples(Dataset[Sample]):
@@ -135,22 +152,25 @@ class _Samples(Dataset[Sample]):
             rng = np.random.default_rng([self.seed, epoch])
             self._epoch, self._order = epoch, rng.permutation(len(self.reader))
         where = int(self._order[step_in_epoch * size + row])
-        rng = np.random.default_rng([self.seed, 1, step * size + row])
+        position = step * size + row
+        rng = np.random.default_rng([self.seed, 1, position])
         try:
-            return self._sample(where, rng)
+            return self._sample(where, position, rng)
         except DataError as error:
-            return Sample(self.reader.key(where), None, {}, str(error))
+            return Sample(self.reader.key(where), None, {}, {}, position, str(error))
 
-    def _sample(self, where: int, rng: np.random.Generator) -> Sample:
+    def _sample(self, where: int, position: int, rng: np.random.Generator) -> Sample:
         pair = self.reader[where]
         ids: dict[str, list[int]] = {}
+        keys: dict[str, int] = {}
         for language in self.languages:
             texts = [text for text in pair.captions.get(language, []) if text.strip()]
             choice = rng.random()  # drawn always, so that one language does not move the other's
             if texts:
-                ids[language] = self.tokenizer.encode(texts[int(choice * len(texts))])
+                text = texts[int(choice * len(texts))]
+                ids[language], keys[language] = self.tokenizer.encode(text), text_key(text)
         if not ids:
             raise DataError(f"pair {pair.key!r}: no caption in {' or '.join(self.languages)}")
         picture = open_image(pair.image, name=f"pair {pair.key!r}")
         pixels = augment(picture, self.image_size, self.settings.augment, rng)
-        return Sample(pair.key, pixels, ids, "")
+        return Sample(pair.key, pixels, ids, keys, position)

@@ -16,11 +16,12 @@ class Captions(NamedTuple):
     ids: Tensor  # (M, L) int64, right-padded
     mask: Tensor  # (M, L) int64, 1 where real
     rows: Tensor  # (M,) int64: caption m describes picture rows[m]
+    keys: Tensor  # (M,) int64: equal where the texts are (hashing.text_key)
 
 
 @dataclass
 class Batch:
-    """Pictures and their captions; a picture may lack a language."""
+    """One process's share of a global batch; a picture may lack a caption in a language."""
 
     pixels: Tensor
     """(B, 3, S, S) uint8."""
@@ -28,6 +29,8 @@ class Batch:
     """BCP-47 tag to captions, at most one per picture."""
     keys: list[str]
     """The pairs' names, in order."""
+    positions: Tensor
+    """(B,) int64, each pair's place in the global stream."""
     dropped: list[tuple[str, str]] = field(default_factory=list)
     """(key, reason) of pairs that could not be used."""
 
@@ -41,5 +44,5 @@ class BatchStream(Protocol):
         ...
 
     def batches(self, first_step: int, last_step: int) -> Iterator[Batch]:
-        """Yield the batches of steps first_step .. last_step - 1."""
+        """Yield this process's share of the batches of steps first_step .. last_step - 1."""
         ...

@@ -93,7 +93,7 @@ def load_checkpoint(path: Path, model: nn.Module, optimizer: torch.optim.Optimiz
     model.load_state_dict(weights)
     for name, parameter in model.named_parameters():
         found = {
-            key.removeprefix(f"{name}//"): value
+            key.removeprefix(f"{name}//"): value.to(parameter.device)
             for key, value in state.items()
             if key.startswith(f"{name}//")
         }

@@ -3,6 +3,7 @@
 Standard library only. Not for reading files: m2encoder/cli/configuration.py does that.
 """
 
+import re
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -55,7 +56,7 @@ class Data:
     evaluate: str | None = None
     """Shard folder to evaluate on after each epoch; None evaluates nothing."""
     batch_size: int = 128
-    """Pairs per optimizer step."""
+    """Pairs per optimizer step, of all processes together."""
     workers: int = 0
     """Processes that read, decode and tokenise ahead; 0 does it in the training process."""
     max_bad_fraction: float = 0.01
@@ -91,13 +92,41 @@ class TokenizerConfig:
 class Objective:
     """One term of the loss."""
 
-    name: Literal["image-zh", "image-en"]
-    """Contrastive loss (InfoNCE) between pictures and their captions in that language."""
+    name: Literal["image-zh", "image-en", "zh-en"]
+    """Contrastive loss between pictures and their captions in that language, or between the
+    captions of both languages."""
     weight: float = 0.5
     """Factor in the sum of all terms."""
 
     def __post_init__(self) -> None:
         _require(self.weight > 0, f"objective {self.name}: weight must be > 0, got {self.weight}")
+
+
+@dataclass(frozen=True)
+class Loss:
+    """How the objectives compare a batch, and among which processes (m2encoder/loss.py)."""
+
+    kind: Literal["infonce", "sigmoid"] = "infonce"
+    """infonce: softmax over all candidates (CLIP). sigmoid: each pair by itself (SigLIP), with a
+    learned bias."""
+    grid: str = "auto"
+    """RxC: rows and columns of processes, for example 2x4; exact whatever the shape. auto sends
+    least between nodes."""
+    group_ranks: int | None = None
+    """Processes that share negatives, M2-Encoder's grouped aggregation: fewer negatives, less
+    traffic. None: all of them, exact."""
+    wire_dtype: Literal["float32", "float16", "bfloat16"] = "float32"
+    """Precision that features travel in; gradients travel in float32."""
+    duplicates: Literal["mask", "keep"] = "mask"
+    """mask: pairs with the same caption are not negatives of each other. keep: they are."""
+
+    def __post_init__(self) -> None:
+        is_grid = re.fullmatch(r"auto|[1-9]\d*x[1-9]\d*", self.grid)
+        _require(bool(is_grid), f"loss.grid is {self.grid!r}, expected auto or RxC, such as 2x4")
+        _require(
+            self.group_ranks is None or self.group_ranks >= 1,
+            f"loss.group_ranks must be at least 1, got {self.group_ranks}",
+        )
 
 
 @dataclass(frozen=True)
@@ -144,6 +173,15 @@ class PretrainConfig:
     """Text to ids."""
     objectives: tuple[Objective, ...] = (Objective("image-zh"), Objective("image-en"))
     """Terms of the loss."""
+    loss: Loss = field(default_factory=Loss)
+    """How the terms are computed."""
+    accumulate: int = 1
+    """Micro-batches per optimizer step: only one is held with its activations at a time. The result
+    is that of the whole batch at once; each tower runs forward twice."""
+    patch_dropout: float = 0.0
+    """Share of a picture's patches that training leaves out (FLIP)."""
+    unmasked_tail: float = 0.05
+    """Share of the steps, at the end, that see whole pictures again."""
     optim: Optim = field(default_factory=Optim)
     """The optimizer and its schedule."""
     out: str = "runs/pretrain"
@@ -169,8 +207,11 @@ class PretrainConfig:
         _require(bool(self.objectives), "objectives is empty, expected at least one")
         names = [objective.name for objective in self.objectives]
         _require(len(set(names)) == len(names), f"objectives repeat a name: {', '.join(names)}")
+        for name in ("patch_dropout", "unmasked_tail"):
+            value = getattr(self, name)
+            _require(0 <= value < 1, f"{name} must lie in [0, 1), got {value}")
         at_least_one = ("epochs", "evaluate_every_epochs", "log_every_steps", "save_every_steps")
-        for name in (*at_least_one, "keep_checkpoints"):
+        for name in (*at_least_one, "keep_checkpoints", "accumulate"):
             _require(
                 getattr(self, name) >= 1, f"{name} must be at least 1, got {getattr(self, name)}"
             )

@@ -17,6 +17,22 @@ class ConfigError(M2EncoderError):
     exit_code = 2
 
 
+class PlacementError(ConfigError, ValueError):
+    """Ranks cannot be arranged as asked: a grid, a group or a world that do not fit each other."""
+
+
+class FeatureError(M2EncoderError, ValueError):
+    """Features that a contrastive loss cannot take; raised on every rank, naming the one at fault.
+
+    A ValueError too, because the loss is also used alone. `rank` and `row` are set where one row of
+    one rank is to blame.
+    """
+
+    def __init__(self, message: str, *, rank: int | None = None, row: int | None = None) -> None:
+        super().__init__(message)
+        self.rank, self.row = rank, row
+
+
 class DataError(M2EncoderError):
     """A picture, text, shard, index or embedding cannot be used as it is."""
 

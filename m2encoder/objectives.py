@@ -1,85 +1,75 @@
-"""The terms of the training loss, by name: model and batch in, one number per term out.
+"""The terms of the training loss, by name: features of one batch in, one number per term out.
 
-The paper's masked objectives (CMLM, CMIM) will join this list.
+The paper's masked objectives (CMLM, CMIM) will join this list. Not for how terms are compared
+across processes (loss.py), nor for running the towers (training_step.py).
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from m2encoder.batch import Batch, Captions
+from m2encoder.batch import Batch
 from m2encoder.config import Objective
-from m2encoder.loss import in_batch_accuracy, info_nce
-from m2encoder.model.modeling_m2encoder import M2Encoder
-
-LENGTH_GROUPS = 4
-MIN_GROUP = 32
+from m2encoder.loss import MISSING, ContrastiveLoss
 
 
 @dataclass
 class Losses:
-    """The weighted sum to minimise, and what each term contributed."""
+    """The weighted sum to minimise, and what each term contributed; the same on every rank."""
 
     total: Tensor
     """Scalar with gradient."""
     terms: dict[str, Tensor]
-    """`loss/image-zh`, `accuracy/image-zh`, ...: detached scalars."""
+    """`loss/image-zh`, `accuracy/image-zh`, ...: detached scalars. A term with fewer than two pairs
+    in the whole batch has nothing to compare and is left out."""
+
+
+def sides_of(objective: Objective) -> tuple[str, str]:
+    """Return what a term compares: ("image", "zh"), ("zh", "en"), ..."""
+    first, second = objective.name.split("-")
+    return first, second
 
 
 def languages_of(objectives: Sequence[Objective]) -> tuple[str, ...]:
     """Return the BCP-47 tags that these objectives read, in their order."""
-    return tuple(dict.fromkeys(objective.name.removeprefix("image-") for objective in objectives))
+    sides = [side for objective in objectives for side in sides_of(objective)]
+    return tuple(dict.fromkeys(side for side in sides if side != "image"))
 
 
-def compute_losses(model: M2Encoder, batch: Batch, objectives: Sequence[Objective]) -> Losses:
-    """Encode the batch once and compare it by every objective.
+def compare(
+    image: Tensor,
+    texts: Mapping[str, Tensor],
+    batch: Batch,
+    objectives: Sequence[Objective],
+    loss: ContrastiveLoss,
+    *,
+    scale: Tensor,
+    bias: Tensor | None,
+    duplicates: Literal["mask", "keep"],
+) -> Losses:
+    """Compare a batch by every objective, with all ranks' batches.
 
-    A picture without a caption in a language takes no part in that language's term; a term with
-    fewer than two captions is left out of this step.
+    image: (B, P); texts: BCP-47 tag to (M, P), vectors of batch.captions. A picture without a
+    caption in a language takes no part in that language's terms.
     """
-    languages = languages_of(objectives)
-    if all(len(batch.captions[language].rows) < 2 for language in languages):
-        return Losses(0.0 * model.logit_scale, {})  # also a batch whose pairs were all dropped
-    image = model.encode_image(batch.pixels.float() / 255)
-    texts = _encode_captions(model, [batch.captions[language] for language in languages])
-    by_language = dict(zip(languages, texts, strict=True))
-    scale = model.logit_scale.exp()
-    total = torch.zeros_like(scale)
+    sides, tags = {"image": image}, {}
+    for language, vectors in texts.items():
+        captions = batch.captions[language]
+        rows = captions.rows.to(image.device)
+        keys = captions.keys if duplicates == "mask" else batch.positions[captions.rows]
+        sides[language] = image.new_zeros(image.shape).index_copy(0, rows, vectors)
+        tags[language] = torch.full((len(image),), MISSING, device=image.device).index_copy(
+            0, rows, keys.to(image.device)
+        )
+    found = loss.terms(sides, [sides_of(o) for o in objectives], scale, bias, tags)
+    total = 0.0 * found.losses.sum()  # with a gradient even where nothing is compared
     terms: dict[str, Tensor] = {}
-    for objective in objectives:
-        language = objective.name.removeprefix("image-")
-        rows, text = batch.captions[language].rows, by_language[language]
-        if len(rows) < 2:
-            continue
-        loss = info_nce(image[rows], text, scale)
-        total = total + objective.weight * loss
-        terms[f"loss/{objective.name}"] = loss.detach()
-        terms[f"accuracy/{objective.name}"] = in_batch_accuracy(image[rows], text)
+    for i, objective in enumerate(objectives):
+        if found.counts[i] >= 2:
+            total = total + objective.weight * found.losses[i]
+            terms[f"loss/{objective.name}"] = found.losses[i].detach()
+            terms[f"accuracy/{objective.name}"] = found.accuracies[i]
     return Losses(total, terms)
-
-
-def _encode_captions(model: M2Encoder, captions: Sequence[Captions]) -> list[Tensor]:
-    """Encode the captions of several languages together; returns (M, P) per language."""
-    length = max(caption.ids.shape[1] for caption in captions)
-    ids = torch.cat([F.pad(c.ids, (0, length - c.ids.shape[1])) for c in captions])
-    mask = torch.cat([F.pad(c.mask, (0, length - c.mask.shape[1])) for c in captions])
-    vectors = encode_by_length(model, ids, mask)
-    return list(vectors.split([len(caption.ids) for caption in captions]))
-
-
-def encode_by_length(model: M2Encoder, ids: Tensor, mask: Tensor) -> Tensor:
-    """Return model.encode_text(ids, mask), (M, P), computed in groups of similar length.
-
-    Captions differ much in length; without this most of the text tower's work is padding.
-    """
-    lengths = mask.sum(dim=1)
-    order = lengths.argsort(stable=True)
-    vectors = [
-        model.encode_text(ids[rows, :longest], mask[rows, :longest])
-        for rows in order.chunk(max(1, min(LENGTH_GROUPS, len(order) // MIN_GROUP)))
-        for longest in [int(lengths[rows[-1]])]  # a sync on GPUs, once per group
-    ]
-    return torch.cat(vectors)[order.argsort()]

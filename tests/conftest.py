@@ -14,6 +14,10 @@ from typing import TYPE_CHECKING
 import pytest
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from gloo_pool import GlooPool
+
     from m2encoder.config import PretrainConfig
     from m2encoder.encoder import Encoder
 
@@ -103,3 +107,20 @@ def tiny_model_folder(
     encoder = new_encoder(replace(tiny_config, model=shape), tokenizer)
     save_model_folder(encoder, folder, sp_model=tokenizer.model)
     return folder
+
+
+@pytest.fixture(scope="session")
+def gloo() -> "Iterator[Callable[[int], GlooPool]]":
+    """Give the pool of real processes for a world size; each is started once, when first needed."""
+    from gloo_pool import GlooPool
+
+    pools: dict[int, GlooPool] = {}
+
+    def of(world_size: int) -> GlooPool:
+        if world_size not in pools:
+            pools[world_size] = GlooPool(world_size)
+        return pools[world_size]
+
+    yield of
+    for pool in pools.values():
+        pool.close()

@@ -35,7 +35,8 @@ OPTIONS = """
     data.augment.crop_scale_min data.augment.crop_ratio_max data.augment.flip
     data.augment.rotate_degrees data.augment.color_jitter
     tokenizer.path tokenizer.vocab_size tokenizer.truncation_side
-    objectives
+    objectives loss.kind loss.grid loss.group_ranks loss.wire_dtype loss.duplicates
+    accumulate patch_dropout unmasked_tail
     optim.lr optim.warmup_steps optim.weight_decay optim.beta1 optim.beta2 optim.eps
     optim.clip_grad_norm
     out epochs seed evaluate_every_epochs evaluate_candidates log_every_steps save_every_steps
@@ -46,7 +47,7 @@ OPTIONS = """
 def parse(*words):
     """The configuration that `m2enc pretrain WORDS` would run."""
 
-    def given(cfg, *, dry_run):
+    def given(cfg):
         return cfg
 
     given.options_class = PretrainConfig

@@ -277,7 +277,7 @@ def test_a_checkpoint_of_another_batch_size_or_other_data_is_refused(
 
 def test_a_loss_that_is_not_finite_stops_at_its_step_and_saves_nothing(configure):
     cfg = configure(optim=Optim(lr=1e30, warmup_steps=0), save_every_steps=1)
-    with pytest.raises(M2EncoderError, match=r"step \d+: loss .* lower optim\.lr"):
+    with pytest.raises(M2EncoderError, match=r"step \d+: .* lower .* pair 'train-"):
         start(cfg)
     for path in (Path(cfg.out) / "checkpoints").iterdir():
         weights = load_file(path / "model.safetensors").values()

@@ -61,7 +61,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     # Before torch loads GNU OpenMP: threads that spin for long while they wait stall each other as
     # soon as anything else runs (benchmarks/busy_machine.py). Spin briefly, then sleep.
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
-    level = logging.WARNING if "--quiet" in flags else logging.INFO
+    is_first = os.environ.get("RANK", "0") == "0"  # of the processes that train together
+    level = logging.WARNING if "--quiet" in flags or not is_first else logging.INFO
     logging.basicConfig(level=level, format="%(message)s", stream=sys.stderr)
     for chatty in ("httpx", "httpx2", "faiss", "modelscope", "modelscope_hub"):
         logging.getLogger(chatty).setLevel(logging.WARNING)

@@ -81,6 +81,7 @@ def demo(
     archives: list[Path] | None = None,
     seed: int = 0,
     smoke: bool = False,
+    nproc: int = 1,
 ) -> int:
     """Make data, train, evaluate in Chinese and English, export, index, search, write a report.
 
@@ -92,8 +93,9 @@ def demo(
         archives: The archives emoji-datasource-google and emoji-datasource-twitter (emoji).
         seed: Decides data, initial weights and order.
         smoke: A minute's worth of training, only to see that everything runs.
+        nproc: Processes that train together.
     """
-    from m2encoder.cli.pretrain import run
+    from m2encoder.cli.pretrain import launch_training, run
     from m2encoder.eval.suite import evaluate, format_table
     from m2encoder.folders import write_json
     from m2encoder.index import build_index
@@ -104,10 +106,13 @@ def demo(
     make_data(out / "data", source, archives or [], seed, smoke=smoke)
     seconds = {"data": time.perf_counter() - started}
     cfg = demo_config(source, out, seed, smoke)
-    model_folder = run(cfg)
+    if nproc == 1:
+        run(cfg)
+    elif code := launch_training(cfg, nproc):
+        return code
     seconds["training"] = time.perf_counter() - started - seconds["data"]
 
-    encoder = load_model(model_folder)
+    encoder = load_model(out / "model")
     results = evaluate(encoder, out / "data/test", candidates=CANDIDATES[source], seed=seed)
     write_json(out / "results.json", results)
     print(format_table(results))
@@ -128,7 +133,7 @@ def demo_config(source: Source, out: Path, seed: int, smoke: bool) -> PretrainCo
     """Return the shipped configuration of this demo, writing into `out`."""
     from m2encoder.cli.options import call_with_options
 
-    def given(cfg: PretrainConfig, *, dry_run: bool) -> PretrainConfig:
+    def given(cfg: PretrainConfig) -> PretrainConfig:
         return cfg
 
     given.options_class = PretrainConfig  # pyright: ignore[reportFunctionMemberAccess]

@@ -21,14 +21,16 @@ def call_with_options(function: Callable[..., Any], name: str, words: Sequence[s
     Keyword-only parameters are options, the others positional; dashes and underscores in option
     names are alike, and a bool alone means true. A function that names a dataclass as
     `options_class` is called with an instance of it, filled from `--config` (a file or the name of
-    a shipped one) and from options named after its fields. Raises ConfigError with one line on
+    a shipped one) and from options named after its fields; its own keyword-only parameters are
+    options too. Raises ConfigError with one line on
     anything unknown or ill-typed.
     """
     import jsonargparse
 
     options_class = getattr(function, "options_class", None)
-    parameters = {} if options_class else inspect.signature(function).parameters
-    positional = [n for n, p in parameters.items() if p.kind is not inspect.Parameter.KEYWORD_ONLY]
+    parameters = inspect.signature(function).parameters
+    own_options = _own_options(function)
+    positional = [] if options_class else [n for n in parameters if n not in own_options]
     lists = {n for n, p in parameters.items() if "list[" in str(p.annotation)}
     parser = _make_parser(function, name, positional)
     defaults = parser.get_defaults()
@@ -46,14 +48,20 @@ def call_with_options(function: Callable[..., Any], name: str, words: Sequence[s
         raise ConfigError(f"{name}: {_explained(str(error), known)}") from None
     if options_class is None:
         return function(**given)
-    dry_run, print_config, _ = (given.pop(n) for n in ("dry_run", "print_config", "config"))
+    print_config, _ = (given.pop(n) for n in ("print_config", "config"))
+    own = {n: given.pop(n) for n in own_options}
     cfg = options_class(**given)
     if print_config:
         from m2encoder.cli.configuration import to_yaml
 
         print(to_yaml(cfg), end="")
         return 0
-    return function(cfg, dry_run=dry_run)
+    return function(cfg, **own)
+
+
+def _own_options(function: Callable[..., Any]) -> list[str]:
+    parameters = inspect.signature(function).parameters.items()
+    return [n for n, p in parameters if p.kind is inspect.Parameter.KEYWORD_ONLY]
 
 
 def _make_parser(function: Callable[..., Any], name: str, positional: Sequence[str]) -> Any:
@@ -71,11 +79,11 @@ def _make_parser(function: Callable[..., Any], name: str, positional: Sequence[s
     parser = Parser(prog=f"m2enc {name}", description=_summary(function), **options)
     if options_class := getattr(function, "options_class", None):
         parser.add_argument("--config", action="config", help="YAML file or shipped name")
-        for flag, text in (
-            ("dry_run", "print the plan and stop"),
-            ("print_config", "print the configuration and stop"),
-        ):
-            parser.add_argument(f"--{flag}", type=bool, default=False, help=text)
+        parser.add_argument(
+            "--print_config", type=bool, default=False, help="print the configuration and stop"
+        )
+        configuration = inspect.signature(function).parameters.keys() - set(_own_options(function))
+        parser.add_function_arguments(function, as_group=False, skip=set(configuration))
         parser.add_class_arguments(options_class, None)
         return parser
     rest = inspect.signature(function).parameters.keys() - set(positional)

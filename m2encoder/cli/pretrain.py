@@ -2,30 +2,44 @@
 
 import logging
 import os
+import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
 from m2encoder.cli.configuration import to_yaml
+from m2encoder.cli.launch import is_worker, launch
 from m2encoder.config import PretrainConfig
 from m2encoder.errors import ConfigError
 
 if TYPE_CHECKING:
     from m2encoder.data_pipeline.stream import TrainingStream
+    from m2encoder.distributed import World
     from m2encoder.encoder import Encoder
     from m2encoder.tokenizer import SentencePieceTokenizer
 
 logger = logging.getLogger(__name__)
 
 
-def pretrain(cfg: PretrainConfig, *, dry_run: bool = False) -> int:
-    """Train a model and export it to OUT/model."""
+def pretrain(cfg: PretrainConfig, *, dry_run: bool = False, nproc: int | None = None) -> int:
+    """Train a model and export it to OUT/model.
+
+    On several GPUs it starts one process each. Several machines: start it with torchrun.
+
+    Args:
+        dry_run: print the plan and stop
+        nproc: processes to start on this machine; without it one per GPU, or one
+    """
     if dry_run:
         print(plan(cfg))
         return 0
+    if not is_worker():
+        nproc = count_gpus() if nproc is None else nproc
+        if nproc != 1:
+            return launch_training(cfg, nproc)
     print(run(cfg))
     return 0
 
@@ -33,40 +47,72 @@ def pretrain(cfg: PretrainConfig, *, dry_run: bool = False) -> int:
 pretrain.options_class = PretrainConfig  # pyright: ignore[reportFunctionMemberAccess]
 
 
+def count_gpus() -> int:
+    """Return how many processes train on this machine unless told: one per GPU, at least one."""
+    import torch
+
+    return max(1, torch.cuda.device_count())
+
+
+def launch_training(cfg: PretrainConfig, nproc: int) -> int:
+    """Run the configuration in nproc processes; returns the exit code."""
+    with tempfile.TemporaryDirectory() as scratch:
+        path = Path(scratch) / "config.yaml"
+        path.write_text(to_yaml(cfg), encoding="utf-8")
+        return launch(["pretrain", "--config", str(path)], nproc)
+
+
 def run(cfg: PretrainConfig, *, show_progress: bool | None = None) -> Path:
-    """Train as configured; returns the exported model folder. Running it again resumes."""
+    """Train as configured; returns the exported model folder. Running it again resumes.
+
+    In a world of several processes all of them call this; they share the folder `out`.
+    """
     from m2encoder.card import write_model_card
+    from m2encoder.distributed import joined_world
     from m2encoder.model_folder import save_model_folder
     from m2encoder.train import pretrain as train
 
     out = Path(cfg.out)
-    out.mkdir(parents=True, exist_ok=True)
-    tokenizer = prepare_tokenizer(cfg)
-    cfg = replace(cfg, model=replace(cfg.model, vocab_size=tokenizer.vocab_size))
-    write_config(cfg, out / "config.yaml")
-    stream = make_stream(cfg, tokenizer)
-    encoder = new_encoder(cfg, tokenizer)
-    results = train(cfg, encoder, stream, make_evaluators(cfg), show_progress=show_progress)
-    encoder.model.eval()
-    save_model_folder(encoder, out / "model", sp_model=tokenizer.model)
-    write_model_card(out / "model", cfg, encoder, results)
+    with joined_world() as world:
+        out.mkdir(parents=True, exist_ok=True)
+        tokenizer = prepare_tokenizer(cfg, world)
+        cfg = replace(cfg, model=replace(cfg.model, vocab_size=tokenizer.vocab_size))
+        if world.is_first:
+            write_config(cfg, out / "config.yaml")
+        stream = make_stream(cfg, tokenizer, world)
+        encoder = new_encoder(cfg, tokenizer)
+        encoder.model.to(world.device)
+        evaluators = make_evaluators(cfg)
+        results = train(cfg, encoder, stream, evaluators, world=world, show_progress=show_progress)
+        if world.is_first:
+            encoder.model.eval()
+            save_model_folder(encoder, out / "model", sp_model=tokenizer.model)
+            write_model_card(out / "model", cfg, encoder, results)
     return out / "model"
 
 
-def prepare_tokenizer(cfg: PretrainConfig) -> "SentencePieceTokenizer":
-    """Return a started run's own tokenizer, else the configured one, else one trained anew."""
+def prepare_tokenizer(
+    cfg: PretrainConfig, world: "World | None" = None
+) -> "SentencePieceTokenizer":
+    """Return a started run's own tokenizer, else the configured one, else one trained anew.
+
+    The first process of a world makes it, the others read it.
+    """
     from m2encoder.cli.tokenizer import read_texts
     from m2encoder.released_tokenizer import load_tokenizer
     from m2encoder.tokenizer import train_tokenizer
 
     own = Path(cfg.out) / "sp.model"
-    if not (own.is_file() and is_started(own.parent)):
+    is_maker = world is None or world.is_first
+    if is_maker and not (own.is_file() and is_started(own.parent)):
         if cfg.tokenizer.path is not None:
             model = load_tokenizer(Path(cfg.tokenizer.path), max_length=2).model
         else:
             texts = read_texts([Path(cfg.data.train)])
             model = train_tokenizer(texts, vocab_size=cfg.tokenizer.vocab_size)
         _write_whole(own, model)
+    if world is not None:
+        world.wait()
     return load_tokenizer(
         own,
         max_length=cfg.model.max_text_length,
@@ -81,8 +127,10 @@ def is_started(out: Path) -> bool:
     return bool(list_checkpoints(out / "checkpoints")) or (out / "model").is_dir()
 
 
-def make_stream(cfg: PretrainConfig, tokenizer: "SentencePieceTokenizer") -> "TrainingStream":
-    """Return the batches that this run trains on."""
+def make_stream(
+    cfg: PretrainConfig, tokenizer: "SentencePieceTokenizer", world: "World | None" = None
+) -> "TrainingStream":
+    """Return this process's share of the batches that this run trains on."""
     from m2encoder.data_pipeline.stream import TrainingStream
     from m2encoder.objectives import languages_of
 
@@ -92,6 +140,8 @@ def make_stream(cfg: PretrainConfig, tokenizer: "SentencePieceTokenizer") -> "Tr
         tokenizer=tokenizer,
         languages=languages_of(cfg.objectives),
         seed=cfg.seed,
+        rank=world.rank if world else 0,
+        world_size=world.size if world else 1,
     )
 
 
@@ -106,7 +156,10 @@ def new_encoder(cfg: PretrainConfig, tokenizer: "SentencePieceTokenizer") -> "En
 
     torch.manual_seed(cfg.seed)
     config = M2EncoderConfig(
-        **asdict(cfg.model), pad_token_id=tokenizer.pad_id, eos_token_id=tokenizer.end_id
+        **asdict(cfg.model),
+        pad_token_id=tokenizer.pad_id,
+        eos_token_id=tokenizer.end_id,
+        has_logit_bias=cfg.loss.kind == "sigmoid",
     )
     processor = M2EncoderImageProcessor(cfg.model.image_size, cfg.data.resize_mode)
     return Encoder(M2Encoder(config), processor, tokenizer.to_fast(), name=Path(cfg.out).name)
@@ -137,6 +190,20 @@ def make_evaluators(
     return {name: measure}
 
 
+FIXED = (
+    *("model", "data.train", "data.batch_size", "data.augment", "data.resize_mode", "tokenizer"),
+    *("objectives", "loss.kind", "loss.group_ranks", "loss.wire_dtype", "loss.duplicates"),
+    *("patch_dropout", "unmasked_tail", "optim", "epochs", "seed"),
+)
+"""Settings that decide what a run becomes, which a started run keeps."""
+
+
+def _value(config: dict[str, Any], key: str) -> Any:
+    for part in key.split("."):
+        config = config.get(part, {})
+    return config
+
+
 def write_config(cfg: PretrainConfig, path: Path) -> None:
     """Write the resolved configuration; `m2enc pretrain --config FILE` reruns it.
 
@@ -146,13 +213,7 @@ def write_config(cfg: PretrainConfig, path: Path) -> None:
     text = to_yaml(cfg)
     if path.is_file() and is_started(path.parent):
         before, now = yaml.safe_load(path.read_text(encoding="utf-8")), yaml.safe_load(text)
-        fixed = ("model", "data", "tokenizer", "objectives", "optim", "epochs", "seed")
-        changed = [key for key in fixed if before.get(key) != now[key] and key != "data"]
-        changed += [
-            f"data.{key}"
-            for key in ("train", "batch_size", "augment", "resize_mode")
-            if before.get("data", {}).get(key) != now["data"][key]
-        ]
+        changed = [key for key in FIXED if _value(before, key) != _value(now, key)]
         if changed:
             raise ConfigError(
                 f"{path.parent}: holds a run with another {', '.join(changed)}; choose "

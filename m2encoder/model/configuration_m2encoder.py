@@ -36,6 +36,7 @@ class M2EncoderConfig(PretrainedConfig):
         does.
     image_tower, text_tower: a timm or a transformers model in place of ours, as towers.py describes
         it; then shared_layers is 0 and the sizes of our own tower do not count.
+    has_logit_bias: a learned number is added to all logits (models trained with the sigmoid loss).
     Raises ValueError when sizes do not fit each other.
     """
 
@@ -56,6 +57,7 @@ class M2EncoderConfig(PretrainedConfig):
         truncation_side: Literal["left", "right"] = "left",
         image_tower: dict[str, Any] | None = None,
         text_tower: dict[str, Any] | None = None,
+        has_logit_bias: bool = False,
         **kwargs: Any,
     ) -> None:
         names = {field.name for field in fields(Architecture)}
@@ -66,6 +68,7 @@ class M2EncoderConfig(PretrainedConfig):
         self.image_std = list(image_std)
         self.towers = towers
         self.truncation_side = truncation_side
+        self.has_logit_bias = has_logit_bias
         _check_tower("image_tower", image_tower, shape.shared_layers)
         _check_tower("text_tower", text_tower, shape.shared_layers)
         self.image_tower = image_tower

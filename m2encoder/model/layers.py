@@ -117,11 +117,18 @@ class ImageTower(nn.Module):
         self.positions = nn.Parameter(torch.zeros(1 + shape.grid**2, shape.width))
         self.stack = Stack(shape, shape.image_layers)
 
-    def forward(self, pixels: Tensor) -> Tensor:
-        """pixels: (B, 3, S, S), already normalised. Returns (B, 1 + grid^2, D)."""
+    def forward(self, pixels: Tensor, kept: Tensor | None = None) -> Tensor:
+        """pixels: (B, 3, S, S), already normalised. Returns (B, 1 + grid^2, D).
+
+        kept: (B, K) int64, the patches that are seen (patch dropout); returns (B, 1 + K, D).
+        """
         x_BLD = self.patch_embed(pixels).flatten(2).transpose(1, 2)
         x_BLD = torch.cat([self.cls_token.expand(len(x_BLD), -1, -1), x_BLD], dim=1)
-        return self.stack(x_BLD + self.positions, None)
+        x_BLD = x_BLD + self.positions
+        if kept is not None:
+            place_BK = torch.cat([kept.new_zeros(len(kept), 1), kept + 1], dim=1)
+            x_BLD = x_BLD.gather(1, place_BK[..., None].expand(-1, -1, x_BLD.shape[-1]))
+        return self.stack(x_BLD, None)
 
 
 class TextTower(nn.Module):

@@ -19,13 +19,15 @@ from .configuration_m2encoder import M2EncoderConfig
 from .layers import Block, ImageTower, Stack, TextTower, resize_positions
 from .towers import TimmImageTower, TransformersTextTower
 
+LOGIT_BIAS_INIT = -10.0  # SigLIP (arXiv 2303.15343, section 3.2)
+
 
 @dataclass
 class M2EncoderOutput(ModelOutput):
     """What `forward` returns; a tower that was given nothing leaves its fields None."""
 
     logits_per_image: Tensor | None = None
-    """(B, M) float32: exp(logit_scale) x cosine."""
+    """(B, M) float32: exp(logit_scale) x cosine, plus logit_bias where there is one."""
     logits_per_text: Tensor | None = None
     """(M, B) float32, its transpose."""
     image_embeds: Tensor | None = None
@@ -63,6 +65,9 @@ class M2Encoder(PreTrainedModel):
         self._keys_to_ignore_on_load_unexpected = [rf"^{tower}[._]" for tower in absent]
         self.shared = Stack(shape, shape.shared_layers)
         self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
+        self.logit_bias: nn.Parameter | None = None
+        if config.has_logit_bias:
+            self.logit_bias = nn.Parameter(torch.tensor(LOGIT_BIAS_INIT))
         self.post_init()
 
     @torch.no_grad()
@@ -71,7 +76,8 @@ class M2Encoder(PreTrainedModel):
 
         Linear and convolution: torch's defaults; the value, output and feed-forward layers of a
         stack of n are then drawn wider by sqrt(ln 2n). Token embedding N(0, 1/sqrt(D)); CLS token
-        0; positions N(0, position_init_std); projections N(0, 0.02); logit_scale ln(1/0.07).
+        0; positions N(0, position_init_std); projections N(0, 0.02); logit_scale ln(1/0.07);
+        logit_bias, where the loss is a sigmoid, -10.
         """
         if isinstance(module, nn.Linear | nn.Conv2d | nn.LayerNorm | nn.GroupNorm):
             module.reset_parameters()
@@ -88,6 +94,8 @@ class M2Encoder(PreTrainedModel):
                 if isinstance(part, Stack):
                     _init_sub_layer_norm(part)
             nn.init.constant_(self.logit_scale, math.log(1 / 0.07))
+            if self.logit_bias is not None:
+                nn.init.constant_(self.logit_bias, LOGIT_BIAS_INIT)
             for name in ("image_projection", "text_projection"):
                 if (projection := getattr(self, name, None)) is not None:
                     nn.init.normal_(projection.weight, std=0.02)
@@ -113,12 +121,14 @@ class M2Encoder(PreTrainedModel):
         towers = [tower for tower in (config.image_tower, config.text_tower) if tower is not None]
         return [asdict(config.architecture), config.image_mean, config.image_std, *towers]
 
-    def encode_image(self, pixel_values: Tensor) -> Tensor:
+    def encode_image(self, pixel_values: Tensor, kept_patches: Tensor | None = None) -> Tensor:
         """pixel_values: (B, 3, S, S) in 0..1. Returns (B, P) float32, unit norm.
 
-        Raises ValueError on another picture size or when the image tower was not loaded.
+        kept_patches: (B, K) int64, the patches to look at, None for all; for training alone.
+        Raises ValueError on another picture size, when the image tower was not loaded, or with
+        kept_patches when it is timm's.
         """
-        return _unit_norm(self._image_features(pixel_values))
+        return _unit_norm(self._image_features(pixel_values, kept_patches))
 
     def encode_text(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """input_ids: (M, L) int64, right-padded; attention_mask: (M, L), 1 where real.
@@ -129,7 +139,7 @@ class M2Encoder(PreTrainedModel):
         """
         return _unit_norm(self._text_features(input_ids, attention_mask))
 
-    def _image_features(self, pixel_values: Tensor) -> Tensor:
+    def _image_features(self, pixel_values: Tensor, kept: Tensor | None = None) -> Tensor:
         if self.image is None:
             raise ValueError("this model was loaded with towers='text'; load it with towers='both'")
         size = self.config.image_size
@@ -142,8 +152,10 @@ class M2Encoder(PreTrainedModel):
         std = pixel_values.new_tensor(self.config.image_std)[:, None, None]
         pixel_values = (pixel_values - mean) / std
         if isinstance(self.image, TimmImageTower):
+            if kept is not None:
+                raise ValueError("patch dropout needs our own image tower, this one is timm's")
             return self.image_projection(self.image(pixel_values))
-        hidden_BLD = self.shared(self.image(pixel_values), None)
+        hidden_BLD = self.shared(self.image(pixel_values, kept), None)
         return self.image_projection(hidden_BLD[:, 0])
 
     def _text_features(self, input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
@@ -204,6 +216,8 @@ class M2Encoder(PreTrainedModel):
         if image is None or text is None:
             return M2EncoderOutput(image_embeds=image, text_embeds=text)  # pyright: ignore[reportArgumentType]
         logits = self.logit_scale.float().exp() * image.float() @ text.float().T
+        if self.logit_bias is not None:
+            logits = logits + self.logit_bias.float()
         return M2EncoderOutput(logits, logits.T, image, text)  # pyright: ignore[reportArgumentType]
 
     def _cut(self, input_ids: Tensor, attention_mask: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,52 @@
+"""The losses in their plainest form: one process, one matrix; what the fast ones are held to."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def info_nce(image: Tensor, text: Tensor, scale: Tensor | float) -> Tensor:
+    """Symmetric InfoNCE of (N, D) and (N, D): mean over the 2 N queries."""
+    logits = scale * image @ text.T
+    target = torch.arange(len(image))
+    return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
+
+
+def sigmoid(image: Tensor, text: Tensor, scale: Tensor | float, bias: Tensor | float) -> Tensor:
+    """SigLIP's loss: sum over all N x N entries, by N."""
+    labels = 2 * torch.eye(len(image), dtype=image.dtype) - 1
+    return -F.logsigmoid(labels * (scale * image @ text.T + bias)).sum() / len(image)
+
+
+def masked(
+    rows: Tensor,
+    columns: Tensor,
+    scale: Tensor | float,
+    *,
+    present: Tensor,
+    same: Tensor,
+    groups: int = 1,
+    bias: Tensor | float | None = None,
+) -> Tensor:
+    """Either loss (sigmoid with a bias) where pairs are missing and some are no negatives.
+
+    present: (N,) bool, pairs that take part. same: (N, N) bool, entries that are no negatives.
+    groups: equal, consecutive; each query meets its own group. Every query counts the same.
+    """
+    total = rows.new_zeros(())
+    queries = 0
+    for places in torch.arange(len(rows)).chunk(groups):
+        places = places[present[places]]
+        logits = scale * rows[places] @ columns[places].T
+        partner = torch.eye(len(places), dtype=torch.bool)
+        no_negative = same[places][:, places] & ~partner
+        if bias is None:
+            logits = logits.masked_fill(no_negative, -torch.inf)
+            for side in (logits, logits.T):
+                total = total + (side.logsumexp(1) - side.diagonal()).sum()
+            queries += 2 * len(places)
+        else:
+            terms = -F.logsigmoid((2 * partner.to(rows.dtype) - 1) * (logits + bias))
+            total = total + terms.masked_fill(no_negative, 0).sum()
+            queries += len(places)
+    return total / max(1, queries)
