@@ -15,6 +15,10 @@ from torch import Tensor
 from m2encoder.errors import PlacementError
 from m2encoder.grid import Placement, place
 
+# torch 2.13 renamed them
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
 Ready = Callable[[], Tensor]
 """Waits for a collective that was started, and returns its result."""
 
@@ -42,10 +46,10 @@ class Axis:
         if self.size == 1:
             return lambda: x
         gathered = x.new_empty(self.size * len(x), *x.shape[1:])
-        # Two bytes are two bytes: not every gloo knows bfloat16.
-        raw = torch.int16 if x.dtype in (torch.bfloat16, torch.float16) else x.dtype
+        # bytes are bytes: not every gloo knows the half precisions
+        raw = torch.uint8 if x.dtype in (torch.bfloat16, torch.float16) else x.dtype
         args = gathered.view(raw), x.contiguous().view(raw)
-        work = dist.all_gather_into_tensor(*args, group=self.group, async_op=True)
+        work = _all_gather(*args, group=self.group, async_op=True)
 
         def ready() -> Tensor:
             assert work is not None
@@ -64,31 +68,48 @@ class Axis:
         )
         return received
 
-    def reduce_scatter(self, x: Tensor) -> Tensor:
-        """Add up x (size * b, ...) of every rank and return rows q b .. (q+1) b on rank q.
 
-        x is used as workspace. On gloo a ring of sends: its own reduce-scatter is an all-reduce,
-        which puts twice the bytes on the wire (torch 2.13).
-        """
-        if self.size == 1:
-            return x
-        chunks = x.view(self.size, -1, *x.shape[1:])
-        if dist.get_backend(self.group) != "gloo":
-            mine = torch.empty_like(chunks[0])
-            dist.reduce_scatter_tensor(mine, x, group=self.group)
-            return mine
-        after, before = (self.ranks[(self.index + step) % self.size] for step in (1, -1))
-        arriving = torch.empty_like(chunks[0])
-        for step in range(self.size - 1):
-            leaving = chunks[(self.index - step - 1) % self.size]
-            sending = dist.isend(leaving, after, group=self.group)
-            receiving = dist.irecv(arriving, before, group=self.group)
-            assert sending is not None
-            assert receiving is not None
+def reduce_scatter_together(parts: Sequence[tuple[Axis, Tensor]]) -> list[Tensor]:
+    """For each axis and x (size * b, ...): add up every rank's x, return rows q b .. on rank q.
+
+    All at once, so that rows and columns share no waiting. Each x is used as workspace. On gloo
+    rings of sends: its own reduce-scatter is an all-reduce, which puts twice the bytes on the wire
+    (torch 2.13).
+    """
+    busy = [(axis, x.view(axis.size, -1, *x.shape[1:])) for axis, x in parts]
+    if any(axis.size > 1 and dist.get_backend(axis.group) != "gloo" for axis, _ in parts):
+        return _reduce_scatter_by_backend(busy)
+    rings = [(axis, chunks, torch.empty_like(chunks[0])) for axis, chunks in busy if axis.size > 1]
+    for step in range(max((axis.size for axis, *_ in rings), default=1) - 1):
+        turning = [ring for ring in rings if step < ring[0].size - 1]
+        works = [_send_on(axis, chunks, arriving, step) for axis, chunks, arriving in turning]
+        for (axis, chunks, arriving), (sending, receiving) in zip(turning, works, strict=True):
             receiving.wait()
-            chunks[(self.index - step - 2) % self.size] += arriving
+            chunks[(axis.index - step - 2) % axis.size] += arriving
             sending.wait()
-        return chunks[self.index].clone()
+    return [chunks[axis.index] for axis, chunks in busy]
+
+
+def _send_on(axis: Axis, chunks: Tensor, arriving: Tensor, step: int) -> tuple[Any, Any]:
+    """Start to pass one chunk to the next rank of the ring, and to take one from the last."""
+    after, before = (axis.ranks[(axis.index + turn) % axis.size] for turn in (1, -1))
+    leaving = chunks[(axis.index - step - 1) % axis.size]
+    return (
+        dist.isend(leaving, after, group=axis.group),
+        dist.irecv(arriving, before, group=axis.group),
+    )
+
+
+def _reduce_scatter_by_backend(busy: Sequence[tuple[Axis, Tensor]]) -> list[Tensor]:
+    results, works = [], []
+    for axis, chunks in busy:
+        results.append(chunks[0] if axis.size == 1 else torch.empty_like(chunks[0]))
+        if axis.size > 1:
+            flat = chunks.flatten(0, 1)
+            works.append(_reduce_scatter(results[-1], flat, group=axis.group, async_op=True))
+    for work in works:
+        work.wait()
+    return results
 
 
 def make_axes(placement: Placement, *, grid: str, group_ranks: int | None) -> tuple[Axis, Axis]:
@@ -134,7 +155,7 @@ def gather_rows(x: Tensor, world_size: int) -> Tensor:
     if world_size == 1:
         return x[None]
     gathered = x.new_empty(world_size * len(x))
-    dist.all_gather_into_tensor(gathered, x)
+    _all_gather(gathered, x)
     return gathered.view(world_size, -1)
 
 

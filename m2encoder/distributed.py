@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -42,7 +42,6 @@ class World:
         return nn.parallel.DistributedDataParallel(
             module,
             device_ids=[self.device] if self.device.type == "cuda" else None,
-            broadcast_buffers=False,
             gradient_as_bucket_view=True,
         )
 
@@ -79,18 +78,18 @@ class World:
 
 
 @contextmanager
-def joined_world() -> Iterator[World]:
+def joined_world(device: Literal["cpu"] | None = None) -> Iterator[World]:
     """Join the processes that torchrun or `--nproc` started; alone, be a world of one.
 
-    One GPU per process where there are GPUs (NCCL), else CPUs (gloo). Raises PlacementError when a
-    process has no GPU of its own.
+    One GPU per process where there are GPUs (NCCL), else, or with device="cpu", CPUs (gloo). Raises
+    PlacementError when a process has no GPU of its own.
     """
-    has_gpu = torch.cuda.is_available()
+    has_gpu = device is None and torch.cuda.is_available()
     if "RANK" not in os.environ:
         yield World(device=torch.device("cuda" if has_gpu else "cpu"))
         return
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
-    device = torch.device("cpu")
+    own_device = torch.device("cpu")
     if has_gpu:
         count = torch.cuda.device_count()
         if local_rank >= count:
@@ -98,10 +97,10 @@ def joined_world() -> Iterator[World]:
                 f"process {local_rank} of this machine has no GPU, {count} found; start as many "
                 f"processes as GPUs"
             )
-        device = torch.device("cuda", local_rank)
-        torch.cuda.set_device(device)
+        own_device = torch.device("cuda", local_rank)
+        torch.cuda.set_device(own_device)
     dist.init_process_group("nccl" if has_gpu else "gloo", timeout=TIMEOUT)
     try:
-        yield World(dist.get_rank(), dist.get_world_size(), device)
+        yield World(dist.get_rank(), dist.get_world_size(), own_device)
     finally:
         dist.destroy_process_group()

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from m2encoder.collectives import Axis, Ready, sum_over_world
+from m2encoder.collectives import Axis, Ready, reduce_scatter_together, sum_over_world
 from m2encoder.grid import Placement
 from m2encoder.handshake import MISSING, Agreed
 from m2encoder.tiles import (
@@ -220,15 +220,15 @@ def _backward(ctx: Any, d_losses: Tensor) -> tuple[Tensor | None, ...]:
     for (axis_idx, name), x in gathered.items():
         if axis_idx == 0:  # scale multiplies each similarity, and so each row
             d_scale += _inner_product(x, gradients[axis_idx, name]) / job.agreed.scale
+    keys = list(gradients)
+    parts = reduce_scatter_together(
+        [(job.axes[axis], gradients[axis, name]) for axis, name in keys]
+    )
     results: list[Tensor | None] = []
     for name, side in zip(job.names, sides, strict=True):
-        mine = None
-        for axis_idx, axis in enumerate(job.axes):
-            whole = gradients.pop((axis_idx, name), None)
-            if whole is not None:
-                part = axis.reduce_scatter(whole)[: len(side)]
-                mine = part if mine is None else mine + part
-        results.append(None if mine is None else mine.mul_(job.placement.world_size).to(side.dtype))
+        mine = [p[: len(side)] for (_, owner), p in zip(keys, parts, strict=True) if owner == name]
+        total = sum(mine, start=torch.zeros_like(side, dtype=bias.dtype))
+        results.append(total.mul_(job.placement.world_size).to(side.dtype))
     small = [
         (x * job.placement.world_size).to(like.dtype).view(like.shape)
         for x, like in ((d_scale, scale), (d_bias, own_bias))

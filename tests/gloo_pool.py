@@ -8,6 +8,7 @@ import multiprocessing
 import os
 import socket
 import traceback
+import warnings
 from contextlib import suppress
 
 ANSWER_TIMEOUT_S = 300
@@ -25,7 +26,9 @@ def _serve(rank, world_size, port, pipe):
         work, args = order
         try:
             torch.manual_seed(rank)
-            answer = ("returned", work(rank, world_size, *args))
+            with warnings.catch_warnings():
+                warnings.simplefilter("error")
+                answer = ("returned", work(rank, world_size, *args))
         except BaseException as error:
             answer = ("raised", (type(error).__name__, str(error), traceback.format_exc()))
         pipe.send(answer)

@@ -118,6 +118,7 @@ def test_commands_are_frozen() -> None:
         "models ls",
         "models info",
         "models verify",
+        "doctor loss",
         "config list",
         "config cp",
     ]

@@ -41,6 +41,9 @@ COMMANDS: dict[str, Command] = {
     "models ls": Command("models", "ls", "name the released models"),
     "models info": Command("models", "info", "describe a released model or a model folder"),
     "models verify": Command("verify", "verify", "compare a model with its golden vectors"),
+    "doctor loss": Command(
+        "doctor", "loss", "check the contrastive loss on this machine, in several processes"
+    ),
     "config list": Command("configuration", "list_configs", "name the shipped configurations"),
     "config cp": Command("configuration", "copy_config", "copy a shipped configuration to edit it"),
 }
@@ -61,8 +64,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     # Before torch loads GNU OpenMP: threads that spin for long while they wait stall each other as
     # soon as anything else runs (benchmarks/busy_machine.py). Spin briefly, then sleep.
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
-    is_first = os.environ.get("RANK", "0") == "0"  # of the processes that train together
-    level = logging.WARNING if "--quiet" in flags or not is_first else logging.INFO
+    speaks = os.environ.get("RANK", "0") == "0"  # the first of the processes that train together
+    level = logging.INFO if speaks and "--quiet" not in flags else logging.WARNING
     logging.basicConfig(level=level, format="%(message)s", stream=sys.stderr)
     for chatty in ("httpx", "httpx2", "faiss", "modelscope", "modelscope_hub"):
         logging.getLogger(chatty).setLevel(logging.WARNING)

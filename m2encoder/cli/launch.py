@@ -25,12 +25,17 @@ def is_worker() -> bool:
     return "RANK" in os.environ
 
 
+def is_first() -> bool:
+    """Say whether this process is the one of them that speaks."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 def launch(words: Sequence[str], nproc: int) -> int:
     """Run `m2enc WORDS` in nproc processes that find each other; returns the exit code.
 
-    The first process speaks; what the others say on stderr is shown only when one of them failed
-    first. A failure ends all, with that process's exit code; so does a signal. Raises ConfigError
-    when nproc is below 1.
+    The first process speaks; what another says on stderr is shown only where it failed first and
+    not like the first process too. A failure ends all, with that process's exit code; so does a
+    signal. Raises ConfigError when nproc is below 1.
     """
     if nproc < 1:
         raise ConfigError(f"nproc is {nproc}, expected at least 1")
@@ -57,15 +62,12 @@ def launch(words: Sequence[str], nproc: int) -> int:
             )
         failed = _wait(workers)
         _stop(workers)
-        if failed is None:
-            return 0
-        if log := logs[failed]:
+        code = 0 if failed is None else workers[failed].returncode
+        if failed is not None and (log := logs[failed]) and code != workers[0].returncode:
             log.seek(0)
             sys.stderr.write(log.read().decode(errors="replace"))
-        for log in logs[1:]:
-            assert log is not None
+        for log in filter(None, logs):
             log.close()
-        code = workers[failed].returncode
         return code if code >= 0 else 128 - code  # killed by a signal
 
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from m2encoder.cli.configuration import to_yaml
-from m2encoder.cli.launch import is_worker, launch
+from m2encoder.cli.launch import is_first, is_worker, launch
 from m2encoder.config import PretrainConfig
 from m2encoder.errors import ConfigError
 
@@ -40,7 +40,9 @@ def pretrain(cfg: PretrainConfig, *, dry_run: bool = False, nproc: int | None = 
         nproc = count_gpus() if nproc is None else nproc
         if nproc != 1:
             return launch_training(cfg, nproc)
-    print(run(cfg))
+    folder = run(cfg)
+    if is_first():
+        print(folder)
     return 0
 
 
