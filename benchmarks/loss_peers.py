@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from loss_nodes import Worker
 from torch import Tensor, nn
 
-from m2encoder.collectives import Axis
+from m2encoder.collectives import Axis, reduce_scatter_together
 from m2encoder.compat import import_open_clip
 from m2encoder.loss import make_loss
 from m2encoder.measure import SentBytes, peak_allocated_bytes
@@ -101,8 +101,8 @@ class _GatherBoth(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, d_image: Tensor, d_text: Tensor) -> tuple[None, Tensor, Tensor]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        reduce_scatter = ctx.axis.reduce_scatter
-        return None, reduce_scatter(d_image.contiguous()), reduce_scatter(d_text.contiguous())
+        grads = [(ctx.axis, d_image.contiguous()), (ctx.axis, d_text.contiguous())]
+        return None, *reduce_scatter_together(grads)
 
 
 OURS, BASELINE = "ours, grid", "two-sided, rings"

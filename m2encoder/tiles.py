@@ -8,13 +8,16 @@ Not for communication. Letters: N rows of the block, M columns, D width.
 """
 
 from collections.abc import Iterator
+from importlib import import_module
+from importlib.util import find_spec
+from types import ModuleType
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-CPU_TILE, GPU_TILE = 512, 4096
+CPU_TILE, GPU_TILE = 512, 8192
 
 
 class Block(NamedTuple):
@@ -38,8 +41,6 @@ class Tile(NamedTuple):
     j: slice
     sim: Tensor
     """(n, m); entries that are no negatives are -inf."""
-    scratch: Tensor
-    """(n, m), anything."""
 
 
 class Extent(NamedTuple):
@@ -56,18 +57,14 @@ def tiles(block: Block, positives: Tensor | None = None) -> Iterator[Tile]:
     """
     rows, columns, t = block.rows_ND, block.columns_MD, block.tile
     dtype = torch.promote_types(rows.dtype, torch.float32)
-    memory = rows.new_empty(2, min(t, len(rows)) * min(t, len(columns)), dtype=dtype)
+    memory = rows.new_empty(min(t, len(rows)) * min(t, len(columns)), dtype=dtype)
     for i in _steps(len(rows), t):
         for j in _steps(len(columns), t):
             a, b = rows[i], columns[j]
-            sim, scratch = (m[: len(a) * len(b)].view(len(a), len(b)) for m in memory)
-            if a.dtype == dtype:
-                torch.addmm(sim, a, b.T, beta=0, alpha=block.scale, out=sim)
-            else:  # half precision on a GPU: exact products, added up in float32
-                torch.mm(a, b.T, out_dtype=dtype, out=sim)
-                sim.mul_(block.scale)
+            sim = memory[: len(a) * len(b)].view(len(a), len(b))
+            _multiply(a, b.T, sim, beta=0, alpha=block.scale)
             _mask(sim, block, i, j, positives)
-            yield Tile(i, j, sim, scratch)
+            yield Tile(i, j, sim)
 
 
 def _steps(length: int, tile: int) -> Iterator[slice]:
@@ -99,16 +96,33 @@ def softmax_extents(block: Block) -> tuple[Extent, Extent, Tensor]:
         (rows.new_full((n,), -torch.inf, dtype=dtype), rows.new_zeros(n, dtype=dtype))
         for n in (len(rows), len(columns))
     ]
-    for i, j, sim, scratch in tiles(block, positives):
-        for dim, where, (largest, total) in ((1, i, extents[0]), (0, j, extents[1])):
-            before = largest[where]
-            now = torch.maximum(before, sim.amax(dim))
-            base = now.masked_fill(now == -torch.inf, 0)  # -inf minus itself is no number
-            torch.sub(sim, base.unsqueeze(dim), out=scratch)
-            total[where] = total[where] * (before - base).exp() + scratch.exp_().sum(dim)
-            largest[where] = now
+    for i, j, sim in tiles(block, positives):
+        known = [
+            (largest[x], total[x]) for x, (largest, total) in zip((i, j), extents, strict=True)
+        ]
+        if fused := fused_kernels(sim):
+            fused.add_extents(sim, *known)
+        else:
+            _add_extents(sim, known)
     row, column = (Extent(total.log().add_(largest), largest) for largest, total in extents)
     return row, column, positives
+
+
+def _add_extents(sim: Tensor, known: list[tuple[Tensor, Tensor]]) -> None:
+    """Add a tile to (largest, sum of exponentials below it) of its rows and of its columns."""
+    for dim, (largest, total) in zip((1, 0), known, strict=True):
+        now = torch.maximum(largest, sim.amax(dim))
+        base = now.masked_fill(now == -torch.inf, 0)  # -inf minus itself is no number
+        new = (sim - base.unsqueeze(dim)).exp_().sum(dim)
+        total.mul_((largest - base).exp_()).add_(new)
+        largest.copy_(now)
+
+
+def fused_kernels(sim: Tensor) -> ModuleType | None:
+    """Return tiles_triton where it can do this tile's element-wise work."""
+    if sim.is_cuda and sim.dtype == torch.float32 and find_spec("triton") is not None:
+        return import_module("m2encoder.tiles_triton")
+    return None
 
 
 def sigmoid_extents(block: Block, bias: Tensor) -> tuple[Extent, Extent, Tensor]:
@@ -124,11 +138,10 @@ def sigmoid_extents(block: Block, bias: Tensor) -> tuple[Extent, Extent, Tensor]
         Extent(rows.new_zeros(n, dtype=dtype), rows.new_full((n,), -torch.inf, dtype=dtype))
         for n in (len(rows), len(columns))
     )
-    for i, j, sim, scratch in tiles(block, positives):
+    for i, j, sim in tiles(block, positives):
         row.largest[i] = torch.maximum(row.largest[i], sim.amax(1))
         column.largest[j] = torch.maximum(column.largest[j], sim.amax(0))
-        torch.add(sim, bias, out=scratch)
-        row.lse[i] -= F.logsigmoid(scratch.neg_()).sum(1)  # softplus, exact for large arguments
+        row.lse[i] -= F.logsigmoid(-(sim + bias)).sum(1)  # softplus, exact for large arguments
     return row, column, positives
 
 
@@ -140,10 +153,13 @@ def add_softmax_gradients(
     Of the negatives alone: entry (i, j) has softmax over row i plus softmax over column j.
     row_lse, column_lse: (N,) and (M,), over negatives and positive.
     """
-    for i, j, sim, scratch in tiles(block):
-        torch.sub(sim, column_lse[None, j], out=scratch).exp_()
-        sim.sub_(row_lse[i, None]).exp_().add_(scratch)
-        _multiply_back(block, i, j, sim, weight, out)
+    for i, j, sim in tiles(block):
+        if fused := fused_kernels(sim):
+            d_sim = fused.softmax_gradient(sim, row_lse[i], column_lse[j], block.rows_ND.dtype)
+        else:
+            by_column = (sim - column_lse[None, j]).exp_()
+            d_sim = sim.sub_(row_lse[i, None]).exp_().add_(by_column)
+        _multiply_back(block, i, j, d_sim, weight, out)
 
 
 def add_sigmoid_gradients(
@@ -154,7 +170,7 @@ def add_sigmoid_gradients(
     Returns the gradient of the bias from these entries.
     """
     d_bias = torch.zeros_like(bias)
-    for i, j, sim, _ in tiles(block):
+    for i, j, sim in tiles(block):
         sim.add_(bias).sigmoid_()
         d_bias += weight * sim.sum()
         _multiply_back(block, i, j, sim, weight, out)
@@ -164,13 +180,21 @@ def add_sigmoid_gradients(
 def _multiply_back(
     block: Block, i: slice, j: slice, d_sim: Tensor, weight: float, out: tuple[Tensor, Tensor]
 ) -> None:
-    """Add the gradients of rows i and columns j from that of their similarities."""
+    """Add the gradients of rows i and columns j from that of their similarities.
+
+    In half precision the products round what they multiply, as the features are rounded; their sums
+    stay float32.
+    """
     (d_rows, d_columns), alpha = out, weight * block.scale
     a, b = block.rows_ND[i], block.columns_MD[j]
-    if a.dtype == d_sim.dtype:
-        d_rows[i].addmm_(d_sim, b, alpha=alpha)
-        d_columns[j].addmm_(d_sim.T, a, alpha=alpha)
-    else:  # half-precision features have gradients of half precision
-        half = d_sim.to(a.dtype)
-        d_rows[i].add_(torch.mm(half, b, out_dtype=d_sim.dtype), alpha=alpha)
-        d_columns[j].add_(torch.mm(half.T, a, out_dtype=d_sim.dtype), alpha=alpha)
+    d_sim = d_sim.to(a.dtype)
+    _multiply(d_sim, b, d_rows[i], beta=1, alpha=alpha)
+    _multiply(d_sim.T, a, d_columns[j], beta=1, alpha=alpha)
+
+
+def _multiply(a: Tensor, b: Tensor, out: Tensor, *, beta: int, alpha: float) -> None:
+    """Set out to beta * out + alpha * a @ b; half precision is added up in out's float32."""
+    if a.dtype == out.dtype:
+        torch.addmm(out, a, b, beta=beta, alpha=alpha, out=out)
+    else:  # on GPUs alone
+        torch.addmm(out, a, b, out_dtype=out.dtype, beta=beta, alpha=alpha, out=out)
