@@ -125,8 +125,8 @@ class ContrastiveLoss:
         accuracy: bool,
     ) -> TermLosses:
         some = next(iter(sides.values()))
-        scale = torch.as_tensor(logit_scale, device=some.device)
-        bias = torch.as_tensor(0.0 if logit_bias is None else logit_bias, device=some.device)
+        scale = _as_tensor(logit_scale, some.device)
+        bias = _as_tensor(0.0 if logit_bias is None else logit_bias, some.device)
         agreed = shake_hands(self.placement, sides, pairs, scale, tags)
         job = Job(
             kind=self.kind,
@@ -182,6 +182,12 @@ def make_loss(
         tile=_whole_number("tile", tile),
         wire_dtype=wire_dtype,  # pyright: ignore[reportArgumentType]
     )
+
+
+def _as_tensor(number: Tensor | float, device: torch.device) -> Tensor:
+    """Return a scalar on the device; a Python number keeps its float64 digits."""
+    dtype = None if isinstance(number, Tensor) else torch.float64
+    return torch.as_tensor(number, dtype=dtype, device=device)
 
 
 def _whole_number(name: str, value: int | str | None) -> int | None:

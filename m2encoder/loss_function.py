@@ -9,6 +9,8 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from m2encoder.collectives import Axis, Ready, reduce_scatter_together, sum_over_world
 from m2encoder.grid import Placement
@@ -77,8 +79,13 @@ class Contrast(torch.autograd.Function):
                 terms.append(term)
                 sums.append(loss_and_hits)
             total = sum_over_world(torch.stack(sums), job.placement.world_size)
-        ctx.job, ctx.terms, ctx.gathered, ctx.bias = job, terms, gathered, bias
-        ctx.like = scale, own_bias, sides
+        ctx.job = job
+        ctx.like = [(x.shape, x.dtype) for x in (scale, own_bias, *sides)]
+        # saved the official way, so that autograd frees the tensors as soon as they were used
+        leaves, ctx.structure = tree_flatten((terms, gathered, bias))
+        ctx.plain = [None if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+        ctx.where = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
+        ctx.save_for_backward(*(leaves[i] for i in ctx.where))
         queries = total.new_tensor([term.queries for term in terms])
         both_ways = total.new_tensor([max(1, 2 * n) for n in job.agreed.totals])
         losses, accuracies = (total[:, 0] / queries).to(dtype), (total[:, 1] / both_ways).float()
@@ -86,9 +93,18 @@ class Contrast(torch.autograd.Function):
         return losses, accuracies
 
     @staticmethod
+    @once_differentiable  # a second derivative is an error, not silently without its share
     def backward(ctx: Any, d_losses: Tensor, _: Any) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        leaves = list(ctx.plain)
+        for i, tensor in zip(ctx.where, ctx.saved_tensors, strict=True):
+            leaves[i] = tensor
+        terms, gathered, bias = tree_unflatten(leaves, ctx.structure)
         with torch.autocast(d_losses.device.type, enabled=False):
-            return _backward(ctx, d_losses)
+            found = _backward(ctx.job, terms, gathered, bias, d_losses)
+        return None, *(
+            (x * ctx.job.placement.world_size).to(dtype).view(shape)
+            for x, (shape, dtype) in zip(found, ctx.like, strict=True)
+        )
 
 
 Gathered = dict[tuple[int, str], Tensor]
@@ -208,12 +224,13 @@ def _to_axis(axis: Axis, mine: Tensor, counts: list[int]) -> Tensor:
     return axis.exchange(sent, send=[len(mine)] * axis.size, receive=counts)
 
 
-def _backward(ctx: Any, d_losses: Tensor) -> tuple[Tensor | None, ...]:
-    job, gathered, bias = ctx.job, ctx.gathered, ctx.bias
-    scale, own_bias, sides = ctx.like
+def _backward(
+    job: Job, terms: list[Term], gathered: Gathered, bias: Tensor, d_losses: Tensor
+) -> list[Tensor]:
+    """Return the gradients of scale, bias and sides (float32 or float64) of the world's loss."""
     gradients = {key: torch.zeros_like(x, dtype=bias.dtype) for key, x in gathered.items()}
     d_bias = torch.zeros_like(bias)
-    for term, pair, d_loss in zip(ctx.terms, job.pairs, d_losses.tolist(), strict=True):  # a sync
+    for term, pair, d_loss in zip(terms, job.pairs, d_losses.tolist(), strict=True):  # a sync
         wholes = gradients[0, pair[0]], gradients[1, pair[1]]
         d_bias += _add_gradients(job.kind, term, bias, d_loss / term.queries, wholes)
     d_scale = torch.zeros_like(bias, dtype=torch.float64)
@@ -224,16 +241,12 @@ def _backward(ctx: Any, d_losses: Tensor) -> tuple[Tensor | None, ...]:
     parts = reduce_scatter_together(
         [(job.axes[axis], gradients[axis, name]) for axis, name in keys]
     )
-    results: list[Tensor | None] = []
-    for name, side in zip(job.names, sides, strict=True):
-        mine = [p[: len(side)] for (_, owner), p in zip(keys, parts, strict=True) if owner == name]
-        total = sum(mine, start=torch.zeros_like(side, dtype=bias.dtype))
-        results.append(total.mul_(job.placement.world_size).to(side.dtype))
-    small = [
-        (x * job.placement.world_size).to(like.dtype).view(like.shape)
-        for x, like in ((d_scale, scale), (d_bias, own_bias))
-    ]
-    return None, *small, *results
+    results = [d_scale, d_bias]
+    batch, width = job.agreed.batches[job.placement.rank], next(iter(gathered.values())).shape[1]
+    for name in job.names:
+        mine = [p[:batch] for (_, owner), p in zip(keys, parts, strict=True) if owner == name]
+        results.append(sum(mine[1:], start=mine[0]) if mine else bias.new_zeros(batch, width))
+    return results
 
 
 def _add_gradients(
