@@ -1,8 +1,25 @@
-"""The losses in their plainest form: one process, one matrix; what the fast ones are held to."""
+"""The losses in their plainest form: one process, one matrix; what the fast ones are held to.
+
+Also the unit vectors that those are tried on, and how far two results are apart.
+"""
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+
+def unit_rows(rows: int, width: int, *, seed: int, dtype: torch.dtype = torch.float64) -> Tensor:
+    """Return (rows, width) random vectors of length one."""
+    generator = torch.Generator().manual_seed(seed)
+    vectors = torch.randn(rows, width, generator=generator, dtype=torch.float64)
+    return F.normalize(vectors, dim=1).to(dtype)
+
+
+def relative_error(found: Tensor, expected: Tensor) -> float:
+    """Return |found - expected| / |expected|; the plain difference where nothing is expected."""
+    size = expected.double().norm()
+    difference = (found.double() - expected.double()).norm()
+    return (difference / size if size > 0 else difference).item()
 
 
 def info_nce(image: Tensor, text: Tensor, scale: Tensor | float) -> Tensor:
@@ -10,6 +27,17 @@ def info_nce(image: Tensor, text: Tensor, scale: Tensor | float) -> Tensor:
     logits = scale * image @ text.T
     target = torch.arange(len(image))
     return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
+
+
+def info_nce_by_leads(image: Tensor, text: Tensor, scale: Tensor | float) -> Tensor:
+    """Compute the same from how far each partner leads: right to the last digit near a loss of 0.
+
+    There cross_entropy subtracts numbers that agree in all their digits.
+    """
+    logits = scale * image @ text.T
+    others = logits.masked_fill(torch.eye(len(image), dtype=torch.bool), -torch.inf)
+    leads = [logits.diagonal() - others.logsumexp(dim) for dim in (0, 1)]
+    return -F.logsigmoid(torch.stack(leads)).mean()
 
 
 def sigmoid(image: Tensor, text: Tensor, scale: Tensor | float, bias: Tensor | float) -> Tensor:
@@ -50,3 +78,25 @@ def masked(
             total = total + terms.masked_fill(no_negative, 0).sum()
             queries += len(places)
     return total / max(1, queries)
+
+
+def accuracy(
+    rows: Tensor, columns: Tensor, *, present: Tensor, same: Tensor, groups: int = 1
+) -> float:
+    """Return the share of queries, rows and columns, that are nearest to their partner alone.
+
+    Arguments as in `masked`.
+    """
+    hits = queries = 0
+    for places in torch.arange(len(rows)).chunk(groups):
+        places = places[present[places]]
+        sim = rows[places] @ columns[places].T
+        for side, no_negative in (
+            (sim, same[places][:, places]),
+            (sim.T, same[places][:, places].T),
+        ):
+            others = side.masked_fill(no_negative, -torch.inf).fill_diagonal_(-torch.inf)
+            if len(places):
+                hits += (side.diagonal() > others.amax(1)).sum().item()
+            queries += len(places)
+    return hits / max(1, queries)
