@@ -114,4 +114,6 @@ def test_the_same_patches_stay_on_every_device():
     settings = {"num_patches": 196, "share": 0.5, "seed": 3}
     on_cpu = kept_patches(positions, **settings)
     on_gpu = kept_patches(positions.cuda(), **settings)
+    assert on_cpu is not None
+    assert on_gpu is not None
     assert torch.equal(on_cpu, on_gpu.cpu())

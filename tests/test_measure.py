@@ -21,10 +21,10 @@ def sent_in_a_step(rank, world_size, batch, options, terms=False):
     with SentBytes() as sent:
         if terms:
             tags = {"text": torch.arange(batch).masked_fill(torch.arange(batch) == 1, MISSING)}
-            named = dict(zip(("image", "text"), sides, strict=True))
+            named: dict[str, torch.Tensor] = dict(zip(("image", "text"), sides, strict=True))
             loss_fn.terms(named, [("image", "text")], 10.0, tags=tags).losses.sum().backward()
         else:
-            loss_fn(*sides, 10.0).backward()
+            loss_fn(sides[0], sides[1], 10.0).backward()
     wire = getattr(torch, options.get("wire_dtype", "float32")).itemsize
     return sent.total, loss_fn.placement.feature_bytes(batch, DIM, wire=wire)
 
@@ -88,7 +88,7 @@ def test_each_collective_counts_as_its_best_algorithm(gloo):
 def step_of_one_process(rows, tile):
     sides = [unit_rows(rows, 16, seed=s, dtype=torch.float32).requires_grad_() for s in (1, 2)]
     loss_fn = make_loss(rank=0, world_size=1, tile=tile)
-    return lambda: loss_fn(*sides, 10.0).backward()
+    return lambda: loss_fn(sides[0], sides[1], 10.0).backward()
 
 
 def test_peak_memory_is_independent_of_the_number_of_tiles():

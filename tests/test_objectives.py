@@ -3,15 +3,19 @@
 Not the contrastive formula (test_loss.py) nor the towers before it (test_training_step.py).
 """
 
+from collections.abc import Sequence
+from typing import Any
+
 import dense_loss
 import pytest
 import torch
 from dense_loss import unit_rows
 from tiny_batches import make_batch
 
+from m2encoder.batch import Batch
 from m2encoder.config import Objective
 from m2encoder.loss import make_loss
-from m2encoder.objectives import compare, languages_of, sides_of
+from m2encoder.objectives import Losses, compare, languages_of, sides_of
 
 ZH, EN, BOTH = Objective("image-zh", 0.3), Objective("image-en", 2.0), Objective("zh-en", 0.7)
 ALL = (ZH, EN, BOTH)
@@ -32,7 +36,14 @@ def features(batch, *, seed=1):
     return image.requires_grad_(), {name: x.requires_grad_() for name, x in texts.items()}
 
 
-def losses_of(batch, objectives, *, image=None, texts=None, duplicates="mask"):
+def losses_of(
+    batch: Batch,
+    objectives: Sequence[Objective],
+    *,
+    image: Any = None,
+    texts: Any = None,
+    duplicates: Any = "mask",
+) -> Losses:
     loss = make_loss(rank=0, world_size=1)
     given = features(batch)
     return compare(
@@ -80,7 +91,7 @@ def test_terms_total_and_gradients_equal_a_dense_matrix(duplicates):
     expected = {o.name: dense(batch, o.name, image, texts, duplicates=duplicates) for o in ALL}
     for name, value in expected.items():
         torch.testing.assert_close(losses.terms[f"loss/{name}"], value.detach())
-    total = sum(o.weight * expected[o.name] for o in ALL)
+    total = torch.stack([o.weight * expected[o.name] for o in ALL]).sum()
     torch.testing.assert_close(losses.total, total)
     leaves = [image, *texts.values()]
     for ours, theirs in zip(
