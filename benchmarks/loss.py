@@ -38,7 +38,7 @@ from m2encoder.errors import MissingExtraError
 from m2encoder.loss import make_loss
 from m2encoder.measure import peak_allocated_bytes
 
-CASES = {2: [256], 4: [256, 1024], 8: [256]}
+CASES = {2: [256], 4: [64, 256, 1024], 8: [256]}
 """Ranks and their batches, unless asked otherwise."""
 GPU_BATCHES = [8192, 16384, 32768, 65536]
 EXACT = 1e-6

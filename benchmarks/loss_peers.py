@@ -102,7 +102,8 @@ class _GatherBoth(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, d_image: Tensor, d_text: Tensor) -> tuple[None, Tensor, Tensor]:  # pyright: ignore[reportIncompatibleMethodOverride]
         grads = [(ctx.axis, d_image.contiguous()), (ctx.axis, d_text.contiguous())]
-        return None, *reduce_scatter_together(grads)
+        image, text = reduce_scatter_together(grads)
+        return None, image, text
 
 
 OURS, BASELINE = "ours, grid", "two-sided, rings"
