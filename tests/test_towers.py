@@ -39,13 +39,14 @@ from m2encoder.config import Objective
 from m2encoder.encoder import Encoder
 from m2encoder.errors import CheckpointError, ConfigError
 from m2encoder.load import load_model
+from m2encoder.loss import make_loss
 from m2encoder.model.architecture import Architecture
 from m2encoder.model.configuration_m2encoder import M2EncoderConfig
 from m2encoder.model.layers import Stack
 from m2encoder.model.modeling_m2encoder import M2Encoder
 from m2encoder.model_folder import save_model_folder
-from m2encoder.objectives import compute_losses
 from m2encoder.towers import Pooling, build_encoder
+from m2encoder.training_step import StepSettings, Towers, backward_step
 
 OWN_IMAGE = Architecture(
     width=24, num_heads=3, image_layers=1, text_layers=1, shared_layers=0, image_size=32
@@ -255,17 +256,17 @@ def test_the_training_loss_gives_gradients_to_both_towers_and_falls(tmp_path: Pa
     texts = ["一只红色的猫", "a red cat", "long", "繁體"]
     given = encoder.tokenizer(texts, padding=True, return_tensors="pt")
     pixels = torch.randint(0, 256, (4, 3, 1, 1), dtype=torch.uint8).expand(4, 3, 32, 32)
-    captions = Captions(given["input_ids"], given["attention_mask"], torch.arange(4))
-    batch = Batch(pixels, {"zh": captions}, ["a", "b", "c", "d"])
+    rows = torch.arange(4)
+    captions = Captions(given["input_ids"], given["attention_mask"], rows, keys=rows)
+    batch = Batch(pixels, {"zh": captions}, ["a", "b", "c", "d"], positions=rows)
     model = encoder.model.train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    settings = StepSettings([Objective("image-zh")], make_loss(rank=0, world_size=1))
     losses = []
     for _ in range(80):
-        loss = compute_losses(model, batch, [Objective("image-zh")]).total
         optimizer.zero_grad()
-        loss.backward()
+        losses.append(backward_step(Towers(model), batch, settings).total.item())
         optimizer.step()
-        losses.append(loss.item())
     without = [name for name, p in model.named_parameters() if p.grad is None]
     assert without == []  # a parameter without gradient stops distributed training
     assert losses[-1] < 0.5 * losses[0]

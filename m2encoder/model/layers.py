@@ -123,7 +123,9 @@ class ImageTower(nn.Module):
         kept: (B, K) int64, the patches that are seen (patch dropout); returns (B, 1 + K, D).
         """
         x_BLD = self.patch_embed(pixels).flatten(2).transpose(1, 2)
-        x_BLD = torch.cat([self.cls_token.expand(len(x_BLD), -1, -1), x_BLD], dim=1)
+        # [0]: or else one picture alone gives a gradient that is a view, which DDP warns about
+        cls_BLD = self.cls_token[0].expand(len(x_BLD), -1, -1)
+        x_BLD = torch.cat([cls_BLD, x_BLD], dim=1)
         x_BLD = x_BLD + self.positions
         if kept is not None:
             place_BK = torch.cat([kept.new_zeros(len(kept), 1), kept + 1], dim=1)

@@ -1,4 +1,4 @@
-"""Our training loop against a plain loop around open_clip's ClipLoss, step by step.
+"""Our training loop against a plain loop around open_clip's ClipLoss, and our loss against it.
 
 The plain loop shares only the model, its initial weights and the batches; optimizer, schedule,
 clipping and text encoding are written here once more. Runs in the environment that holds the peers.
@@ -10,18 +10,20 @@ from dataclasses import dataclass, replace
 
 import pytest
 import torch
+from dense_loss import info_nce_by_leads, unit_rows
 from torch import nn
 
 from m2encoder.batch import Batch
 from m2encoder.cli.pretrain import make_stream, new_encoder, prepare_tokenizer
 from m2encoder.compat import import_open_clip
-from m2encoder.config import Objective, Optim, TokenizerConfig
+from m2encoder.config import Loss, Objective, Optim, TokenizerConfig
 from m2encoder.log import read_metrics
-from m2encoder.loss import info_nce
+from m2encoder.loss import make_loss
 from m2encoder.train import pretrain
 
 STEPS, PEAK_LR, WARMUP, DECAY, CLIP = 50, 5e-4, 10, 0.2, 3.0
 WEIGHTS = {"zh": 0.7, "en": 0.4}
+our_loss = make_loss(rank=0, world_size=1)
 
 
 @pytest.fixture(scope="module")
@@ -49,6 +51,7 @@ def started(tiny_config, tiny_model_folder, tmp_path_factory):
         tokenizer=TokenizerConfig(path=str(tiny_model_folder / "sp.model")),
         epochs=5,  # of 10 steps
         objectives=tuple(Objective(f"image-{lang}", weight=w) for lang, w in WEIGHTS.items()),
+        loss=Loss(duplicates="keep"),  # ClipLoss knows of none
         optim=Optim(
             lr=PEAK_LR,
             warmup_steps=WARMUP,
@@ -88,7 +91,7 @@ def plain_loop(model, batches, clip_loss):
 
         losses = {}
         for language in WEIGHTS:
-            ids, mask, rows_of_captions = batch.captions[language]
+            ids, mask, rows_of_captions, _ = batch.captions[language]
             assert rows_of_captions.tolist() == list(range(len(batch.keys)))
             image = model.encode_image(batch.pixels.to(torch.float32) / 255.0)
             text = model.encode_text(ids, mask)
@@ -156,16 +159,88 @@ def test_a_scale_above_100_is_clamped_as_in_the_plain_loop(started, clip_loss, t
     assert_same_losses(found, expected, abs=5e-5)
 
 
+# --- the loss by itself -------------------------------------------------------------------------
+
+
+def with_gradients(loss_of, inputs):
+    """The loss, and its gradient for image, text and scale."""
+    leaves = [x.detach().clone().requires_grad_() for x in inputs]
+    loss = loss_of(*leaves)
+    return [loss.detach(), *torch.autograd.grad(loss, leaves)]
+
+
+def number(value, dtype=torch.float64):
+    return torch.tensor(value, dtype=dtype)
+
+
 @pytest.mark.parametrize("rows", [1, 2, 33])
 @pytest.mark.parametrize("scale", [1.0, 14.3, 100.0])
-def test_info_nce_and_its_gradients_equal_clip_loss(clip_loss, rows, scale):
-    generator = torch.Generator().manual_seed(rows)
-    vectors = torch.randn(2, rows, 24, generator=generator, dtype=torch.float64)
-    inputs = [*nn.functional.normalize(vectors, dim=-1), torch.tensor(scale, dtype=torch.float64)]
-    results = []
-    for loss_of in (info_nce, clip_loss):
-        leaves = [x.clone().requires_grad_() for x in inputs]
-        loss = loss_of(*leaves)
-        results.append([loss.detach(), *torch.autograd.grad(loss, leaves)])
+def test_our_loss_and_its_gradients_equal_clip_loss(clip_loss, rows, scale):
+    inputs = [unit_rows(rows, 24, seed=1), unit_rows(rows, 24, seed=2), number(scale)]
+    results = [with_gradients(loss_of, inputs) for loss_of in (our_loss, clip_loss)]
     for ours, theirs in zip(*results, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-12)
+
+
+ROWS, HOT = 24, 100.0
+HARD = ("random", "cosine 1", "nearly 1", "cosine -1", "all wrong", "duplicated", "collapsed")
+# The log of a sum of exponentials is a number near 100 here, and float32 has one every 2^-17
+# there. So that is what a loss, and each probability that a gradient is made of, may be off by.
+# ClipLoss can do a little better in float32 because it sees the whole matrix: it subtracts each
+# row's maximum first. Then, per query, scale times that enters 1 / ROWS of the gradient.
+FLOORS = [2**-17, HOT * 2**-17 / ROWS**0.5, HOT * 2**-17 / ROWS**0.5, 2**-17]
+
+
+def hard_batch(name, dtype):
+    """Pairs where exponentials overflow or cancel unless care is taken, and the scale."""
+    image, other = unit_rows(ROWS, 16, seed=1), unit_rows(ROWS, 16, seed=2)
+    some = {"duplicated": torch.arange(ROWS) // 3, "collapsed": torch.zeros(ROWS).long()}
+    image = image[some.get(name, torch.arange(ROWS))]
+    text = {
+        "random": other,
+        "nearly 1": nn.functional.normalize(image + 0.05 * other, dim=1),
+        "cosine -1": -image,
+        "all wrong": image.roll(1, dims=0),
+    }.get(name, image)
+    return [image.to(dtype), text.to(dtype), number(HOT, torch.float32)]
+
+
+def errors(found, exact):
+    return [(x.double() - y).norm().item() for x, y in zip(found, exact, strict=True)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", HARD)
+def test_hard_batches_stay_finite_and_as_right_as_clip_loss(clip_loss, name, dtype):
+    inputs = hard_batch(name, dtype)
+    exact = with_gradients(info_nce_by_leads, [x.double() for x in inputs])
+    found = with_gradients(our_loss, inputs)
+    assert all(x.isfinite().all() for x in found)
+    ours, theirs = errors(found, exact), errors(with_gradients(clip_loss, inputs), exact)
+    for our_error, their_error, floor in zip(ours, theirs, FLOORS, strict=True):
+        assert our_error <= max(their_error, floor)
+
+
+def test_losses_that_vanish_keep_the_digits_that_clip_loss_drops(clip_loss):
+    inputs = hard_batch("cosine 1", torch.float32)
+    exact = with_gradients(info_nce_by_leads, [x.double() for x in inputs])
+    assert 0 < exact[0] < 1e-12
+    for ours, size in zip(errors(with_gradients(our_loss, inputs), exact), exact, strict=True):
+        assert ours < 1e-4 * size.norm()  # logits near 100, to 2^-17, and their exponentials
+    assert clip_loss(*inputs) == 0
+
+
+UNIT_ROUNDOFF = {torch.float32: 2**-24, torch.bfloat16: 2**-8, torch.float16: 2**-11}
+
+
+@pytest.mark.parametrize("dtype", UNIT_ROUNDOFF)
+@pytest.mark.parametrize("name", [name for name in HARD if name not in ("cosine 1", "nearly 1")])
+def test_gradients_equal_clip_loss_where_there_is_something_to_learn(clip_loss, name, dtype):
+    """ClipLoss in float64, on the rounded vectors; our gradients have the vectors' own dtype."""
+    inputs = hard_batch(name, dtype)
+    theirs = with_gradients(clip_loss, [x.double() for x in inputs])
+    assert theirs[0] > 0.1
+    ours = with_gradients(our_loss, inputs)
+    assert [x.dtype for x in ours] == [torch.float32, dtype, dtype, torch.float32]
+    for error, size, floor in zip(errors(ours, theirs), theirs, FLOORS, strict=True):
+        assert error <= UNIT_ROUNDOFF[dtype] * size.norm() + floor

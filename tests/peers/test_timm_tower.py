@@ -23,10 +23,11 @@ from m2encoder.config import Objective
 from m2encoder.encoder import Encoder
 from m2encoder.errors import CheckpointError, ConfigError
 from m2encoder.load import load_model
+from m2encoder.loss import make_loss
 from m2encoder.model.architecture import Architecture
 from m2encoder.model_folder import save_model_folder
-from m2encoder.objectives import compute_losses
 from m2encoder.towers import build_encoder
+from m2encoder.training_step import StepSettings, Towers, backward_step
 
 OWN_TEXT = Architecture(
     width=24, num_heads=3, image_layers=1, text_layers=1, shared_layers=0, max_text_length=20
@@ -156,21 +157,21 @@ def test_timm_and_transformers_together_train(tmp_path: Path) -> None:
         ["一只猫", "a red cat", "long", "繁體"], padding=True, return_tensors="pt"
     )
     pixels = torch.randint(0, 256, (4, 3, 1, 1), dtype=torch.uint8).expand(4, 3, 32, 32)
-    captions = Captions(given["input_ids"], given["attention_mask"], torch.arange(4))
-    batch = Batch(pixels, {"zh": captions}, ["a", "b", "c", "d"])
+    rows = torch.arange(4)
+    captions = Captions(given["input_ids"], given["attention_mask"], rows, keys=rows)
+    batch = Batch(pixels, {"zh": captions}, ["a", "b", "c", "d"], positions=rows)
     model = encoder.model.train()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # transformers 5.23 prefers a name that 4.57 lacks
         model.gradient_checkpointing_enable({"use_reentrant": False})
     assert model.image.model.grad_checkpointing
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    settings = StepSettings([Objective("image-zh")], make_loss(rank=0, world_size=1))
     losses = []
     for _ in range(80):
-        loss = compute_losses(model, batch, [Objective("image-zh")]).total
         optimizer.zero_grad()
-        loss.backward()
+        losses.append(backward_step(Towers(model), batch, settings).total.item())
         optimizer.step()
-        losses.append(loss.item())
     assert [name for name, p in model.named_parameters() if p.grad is None] == []
     assert losses[-1] < 0.5 * losses[0]
     save_model_folder(encoder, tmp_path / "model")
