@@ -18,12 +18,12 @@ from m2encoder.errors import ConfigError
 def call_with_options(function: Callable[..., Any], name: str, words: Sequence[str]) -> Any:
     """Read `words` as the function's parameters and call it.
 
-    Keyword-only parameters are options, the others positional; dashes and underscores in option
-    names are alike, and a bool alone means true. A function that names a dataclass as
-    `options_class` is called with an instance of it, filled from `--config` (a file or the name of
-    a shipped one) and from options named after its fields; its own keyword-only parameters are
-    options too. Raises ConfigError with one line on
-    anything unknown or ill-typed.
+    Keyword-only parameters are options, the others positional (those with a default may be left
+    out); dashes and underscores in option names are alike, and a bool alone means true. A function
+    that names a dataclass as `options_class` is called with an instance of it, filled from
+    `--config` (a file or the name of a shipped one) and from options named after its fields; its
+    own keyword-only parameters are options too. Raises ConfigError with one line on anything
+    unknown or ill-typed.
     """
     import jsonargparse
 
@@ -34,10 +34,13 @@ def call_with_options(function: Callable[..., Any], name: str, words: Sequence[s
     lists = {n for n, p in parameters.items() if "list[" in str(p.annotation)}
     parser = _make_parser(function, name, positional)
     defaults = parser.get_defaults()
-    known = {n for n in defaults.keys(branches=True) if n not in positional}
+    optional = {n for n in positional if parameters[n].default is not inspect.Parameter.empty}
+    known = {n for n in defaults.keys(branches=True) if n not in positional or n in optional}
     flags = {n for n in known if isinstance(defaults.get(n), bool)}
     try:
-        spelled = _spelled(words, known=known, flags=flags, lists=lists, positional=positional)
+        spelled = _spelled(
+            words, known=known, flags=flags, lists=lists, positional=positional, optional=optional
+        )
         parsed = parser.parse_args(_composed(spelled) if options_class else spelled)
         for group in sorted(known - set(defaults.keys())):
             if not isinstance(parsed.get(group), jsonargparse.Namespace):
@@ -114,9 +117,11 @@ def _spelled(
     flags: Collection[str],
     lists: Collection[str],
     positional: Sequence[str],
+    optional: Collection[str],
 ) -> list[str]:
     """Write each option as `--name=value`, a list as JSON, and positional words last.
 
+    A word in the place of an `optional` parameter becomes an option: jsonargparse knows no other.
     Raises ConfigError on an option that is not known.
     """
     spelled: list[str] = []
@@ -146,6 +151,8 @@ def _spelled(
     last = len(positional) - 1
     if positional and positional[last] in lists and len(places) > last:
         places[last:] = [json.dumps(places[last:], ensure_ascii=False)]
+    for i, name in enumerate(positional[: len(places)]):
+        places[i] = f"--{name}={places[i]}" if name in optional else places[i]
     return spelled + places
 
 
