@@ -177,7 +177,8 @@ class PretrainConfig:
     """How the terms are computed."""
     accumulate: int = 1
     """Micro-batches per optimizer step: only one is held with its activations at a time. The result
-    is that of the whole batch at once; each tower runs forward twice."""
+    is that of the whole batch at once, unless a tower has batch normalisation, which sees micro-
+    batches; each tower runs forward twice."""
     patch_dropout: float = 0.0
     """Share of a picture's patches that training leaves out (FLIP)."""
     unmasked_tail: float = 0.05

@@ -146,7 +146,7 @@ def _compare(job: Job, t: int, gathered: Gathered, bias: Tensor) -> tuple[Term, 
     loss = hits = bias.new_zeros((), dtype=torch.float64)
     gradient, lse = torch.zeros_like(positives), []
     for axis, extent, n in zip(job.axes, (row, column), counts, strict=True):
-        parts = _to_owners(axis, torch.stack(extent, dim=1), n)
+        parts = _to_owners(axis, torch.stack((extent.lse, extent.largest.double()), dim=1), n)
         negatives = Extent(parts[..., 0].logsumexp(0), parts[..., 1].amax(0))
         lead = positives - negatives.lse
         loss = loss - F.logsigmoid(lead).sum(dtype=torch.float64)

@@ -47,6 +47,7 @@ class Extent(NamedTuple):
     """Of the negatives of each row or column: log-sum-exp and largest, -inf where there is none."""
 
     lse: Tensor
+    """float64: near 100, float32 has too few digits left for what a loss subtracts from it."""
     largest: Tensor
 
 
@@ -104,7 +105,9 @@ def softmax_extents(block: Block) -> tuple[Extent, Extent, Tensor]:
             fused.add_extents(sim, *known)
         else:
             _add_extents(sim, known)
-    row, column = (Extent(total.log().add_(largest), largest) for largest, total in extents)
+    row, column = (
+        Extent(total.double().log_().add_(largest), largest) for largest, total in extents
+    )
     return row, column, positives
 
 
@@ -135,7 +138,9 @@ def sigmoid_extents(block: Block, bias: Tensor) -> tuple[Extent, Extent, Tensor]
     dtype = torch.promote_types(rows.dtype, torch.float32)
     positives = rows.new_empty(block.own[2], dtype=dtype)
     row, column = (
-        Extent(rows.new_zeros(n, dtype=dtype), rows.new_full((n,), -torch.inf, dtype=dtype))
+        Extent(
+            rows.new_zeros(n, dtype=torch.float64), rows.new_full((n,), -torch.inf, dtype=dtype)
+        )
         for n in (len(rows), len(columns))
     )
     for i, j, sim in tiles(block, positives):
@@ -151,15 +156,24 @@ def add_softmax_gradients(
     """Add to out, (N, D) and (M, D), the gradients of weight * (all row and column terms).
 
     Of the negatives alone: entry (i, j) has softmax over row i plus softmax over column j.
-    row_lse, column_lse: (N,) and (M,), over negatives and positive.
+    row_lse, column_lse: (N,) and (M,) float64, over negatives and positive.
     """
+    dtype = torch.promote_types(block.rows_ND.dtype, torch.float32)
+    (row, row_rest), (column, column_rest) = (_split(x, dtype) for x in (row_lse, column_lse))
     for i, j, sim in tiles(block):
         if fused := fused_kernels(sim):
-            d_sim = fused.softmax_gradient(sim, row_lse[i], column_lse[j], block.rows_ND.dtype)
+            d_sim = fused.softmax_gradient(sim, row[i], column[j], block.rows_ND.dtype)
         else:
-            by_column = (sim - column_lse[None, j]).exp_()
-            d_sim = sim.sub_(row_lse[i, None]).exp_().add_(by_column)
+            by_column = (sim - column[None, j]).exp_()
+            d_sim = sim.sub_(row[i, None]).exp_().mul_(row_rest[i, None])
+            d_sim.addcmul_(by_column, column_rest[None, j])
         _multiply_back(block, i, j, d_sim, weight, out)
+
+
+def _split(lse: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Return lse rounded to a dtype, and the factor that makes up in exp(x - lse) for that."""
+    rounded = lse.to(dtype)
+    return rounded, (rounded - lse).exp_().to(dtype)
 
 
 def add_sigmoid_gradients(

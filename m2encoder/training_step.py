@@ -53,7 +53,11 @@ class Features(NamedTuple):
 
 
 class Towers(nn.Module):
-    """A model as training runs it; the module to wrap in DistributedDataParallel or to shard."""
+    """A model as training runs it; the module to wrap in DistributedDataParallel or to shard.
+
+    fully_shard (FSDP2) takes no scalar parameters: give it logit_scale and logit_bias as
+    ignored_params and average their gradients.
+    """
 
     def __init__(self, model: M2Encoder) -> None:
         super().__init__()
@@ -201,7 +205,9 @@ def cut(batch: Batch, towers: nn.Module, settings: StepSettings) -> Pieces:
     lengths = mask.sum(dim=1)
     order = lengths.argsort(stable=True)
     whole = len(batch.keys) + len(batch.dropped)
-    groups = max(k, min(LENGTH_GROUPS, whole * len(batch.captions) // MIN_GROUP), 1)
+    # In two passes each piece is a call of the towers, so their number must not depend on a share.
+    few = min(LENGTH_GROUPS, whole * len(batch.captions) // MIN_GROUP)
+    groups = max(k, LENGTH_GROUPS) if k > 1 else max(1, few)
     texts = []
     for i, rows in enumerate(order.tensor_split(groups)):
         longest = int(lengths[rows[-1]]) if len(rows) else 1
