@@ -1,26 +1,23 @@
-"""Everything that one shard folder can measure about a model, in each language, in one result.
+"""What a shard folder says of a model in one mapping of plain numbers: for logs and short pages.
 
-Not for the metrics themselves (retrieval.py, zero_shot.py), nor for pages (report.py).
+Not for the measuring and its intervals (shard_tasks.py), nor for pages (report.py).
 """
 
-import random
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
-
 from m2encoder import __version__
-from m2encoder.embed import PairEmbeddings, TextEmbeddings, embed_pairs
+from m2encoder.distributed import World
 from m2encoder.encoder import Encoder, OnError
-from m2encoder.errors import ConfigError, DataError
-from m2encoder.eval.retrieval import retrieval_metrics
-from m2encoder.shards import ShardReader
-from m2encoder.zero_shot import TASKS_NAME, ZeroShotTask, load_tasks, zero_shot_accuracy
+from m2encoder.errors import DataError
+from m2encoder.eval.results import Result
+from m2encoder.eval.shard_tasks import run_shards
+from m2encoder.eval.tasks import Running
 
 Task = Literal["retrieval", "zero-shot"]
 Results = dict[str, Any]
-FORMAT = 1
+FORMAT = 2
 
 
 def evaluate(
@@ -33,158 +30,104 @@ def evaluate(
     languages: Sequence[str] = ("zh", "en"),
     batch_size: int = 64,
     on_error: OnError = "raise",
+    world: World | None = None,
     show_progress: bool | None = None,
 ) -> Results:
     """Encode a shard folder once and measure what its captions, labels and tasks allow.
 
     candidates: rank among that many pairs, drawn by `seed`, instead of all; with every caption.
-    Returns values that JSON holds; shares are 0..1:
-    {"format": 1, "m2encoder": version, "model": {"name", "fingerprint"},
-    "data": {"path", "count", "skipped": [{"name", "reason"}]},
-    "retrieval": {language: retrieval_metrics(...)}, "protocol": {"candidates", "seed", "ties"},
-    "hard_negatives": {language: {"accuracy", "chance", "n", "by_kind": {kind: {"accuracy", "n"}}}},
-    "zero_shot": {task: {language: zero_shot_accuracy(...)}}}.
+    world: processes that share the work; all return the same. Returns what `summarise` does.
     What the data lacks is left out. Raises DataError if nothing is left to measure, ConfigError if
     `candidates` is less than 2 or more than there are pairs.
     """
-    reader = ShardReader(data_dir)
-    if candidates is not None:
-        draw_candidates(len(reader), candidates, seed)  # complains before the long work
-    zero_shot = "zero-shot" in tasks and ("retrieval" not in tasks or has_tasks(data_dir))
-    known = load_tasks(data_dir) if zero_shot else []
-    pairs = embed_pairs(
-        encoder,
-        reader,
-        languages=languages if "retrieval" in tasks else (),
+    running = Running(
         batch_size=batch_size,
         on_error=on_error,
+        world=world,
+        seed=seed,
         show_progress=show_progress,
     )
-    results = _header(encoder, data_dir, pairs)
-    if "retrieval" in tasks:
-        if not pairs.texts:
-            wanted = " or ".join(languages)
-            raise DataError(f"{data_dir}: no captions in {wanted}, retrieval needs some")
-        results["protocol"] = {"candidates": candidates, "seed": seed, "ties": "against the query"}
-        results["retrieval"] = {
-            language: _retrieval(pairs, texts, candidates, seed)
-            for language, texts in pairs.texts.items()
-        }
-        results["hard_negatives"] = _hard_negatives(encoder, pairs, batch_size)
-    if known:
-        results["zero_shot"] = {
-            task.name: _zero_shot(encoder, pairs, task, languages) for task in known
-        }
-    return results
+    wanted = [name for task in tasks for name in (task, "hard-negatives")[: 1 + (task[0] == "r")]]
+    results = run_shards(
+        encoder,
+        data_dir,
+        running=running,
+        tasks=wanted,  # pyright: ignore[reportArgumentType] - both names are tasks
+        languages=languages,
+        candidates=candidates,
+    )
+    if "retrieval" in tasks and not any(result.task == "retrieval" for result in results):
+        raise DataError(
+            f"{data_dir}: no captions in {' or '.join(languages)}, retrieval needs some"
+        )
+    return summarise(results)
 
 
-def _header(encoder: Encoder, data_dir: Path, pairs: PairEmbeddings) -> Results:
-    return {
+def summarise(results: Sequence[Result]) -> Results:
+    """Return the values of `run_shards` as plain numbers that JSON holds; shares are 0..1.
+
+    {"format", "m2encoder": version, "model": {"name", "fingerprint"}, "data": {"path", "count",
+    "skipped": [{"name", "reason"}]}, "protocol": {"candidates", "seed", "ties"},
+    "retrieval": {language: {"i2t_r1", ..., "mean_recall", "rsum" (percent), ...}},
+    "hard_negatives": {language: {"accuracy", "chance", "n", "by_kind": {kind: {"accuracy", "n"}}}},
+    "zero_shot": {task: {language: {"top1", "mean_per_class_recall", "classes", "chance", "n"}}}}.
+    """
+    first = results[0]
+    summary: Results = {
         "format": FORMAT,
         "m2encoder": __version__,
-        "model": {"name": encoder.name, "fingerprint": encoder.fingerprint},
+        "model": {key: first.model[key] for key in ("name", "fingerprint")},
         "data": {
-            "path": str(data_dir),
-            "count": len(pairs.keys),
-            "skipped": [{"name": bad.name, "reason": bad.reason} for bad in pairs.skipped],
+            "path": first.data["path"],
+            "count": max(result.data["images"] for result in results),
+            "skipped": first.data["skipped"],
         },
     }
-
-
-def has_tasks(data_dir: Path) -> bool:
-    """Say whether a shard folder comes with zero-shot tasks."""
-    return (data_dir / TASKS_NAME).is_file()
-
-
-def _retrieval(
-    pairs: PairEmbeddings, texts: TextEmbeddings, candidates: int | None, seed: int
-) -> dict[str, float]:
-    if candidates is None:
-        return retrieval_metrics(pairs.image, texts.vectors, texts.owner)
-    chosen = draw_candidates(len(pairs.keys), candidates, seed)
-    place = np.full(len(pairs.keys), -1)
-    place[chosen] = np.arange(candidates)
-    owner = place[texts.owner]
-    kept = owner >= 0
-    return retrieval_metrics(pairs.image[chosen], texts.vectors[kept], owner[kept])
-
-
-def draw_candidates(count: int, candidates: int, seed: int) -> list[int]:
-    """Draw that many of `count` pairs, in order; the same seed gives the same ones everywhere."""
-    if not 2 <= candidates <= count:
-        raise ConfigError(
-            f"candidates is {candidates:,}, expected 2 to {count:,}, the number of pairs"
-        )
-    return sorted(random.Random(f"candidates/{seed}").sample(range(count), candidates))
-
-
-def _hard_negatives(encoder: Encoder, pairs: PairEmbeddings, batch_size: int) -> Results:
-    """Compare each picture's first caption with its captions that are wrong in one attribute.
-
-    `accuracy`: the right one scores higher than every wrong one. `by_kind`: higher than the one
-    that is wrong in this attribute. A tie is a miss.
-    """
-    results: Results = {}
-    for language, texts in pairs.texts.items():
-        owners, first = np.unique(texts.owner, return_index=True)
-        wrong: list[str] = []
-        rows: list[int] = []
-        kinds: list[str] = []
-        for row, owner in enumerate(owners):
-            meta = pairs.metas[owner]
-            captions = meta.get("hard_negatives", {}).get(language, [])
-            names = meta.get("hard_negative_kinds", ["any"] * len(captions))
-            if len(names) != len(captions):
-                raise DataError(
-                    f"{pairs.keys[owner]}: {len(captions)} hard negatives in {language}, but "
-                    f"{len(names)} kinds; write the shards again"
-                )
-            wrong += captions
-            kinds += names
-            rows += [row] * len(captions)
-        if not wrong:
-            continue
-        vectors = encoder.encode_text(wrong, batch_size=batch_size, show_progress=False)
-        image = pairs.image[owners]
-        own = np.einsum("nd,nd->n", image, texts.vectors[first])
-        beaten = own[rows] > np.einsum("nd,nd->n", image[rows], vectors)
-        results[language] = _summary(beaten, np.asarray(rows), np.asarray(kinds))
-    return results
-
-
-def _summary(beaten: Any, rows: Any, kinds: Any) -> dict[str, Any]:
-    """beaten, rows, kinds: (W,) per wrong caption whether it lost, whose it is, what is wrong."""
-    asked, counts = np.unique(rows, return_counts=True)
-    lost = np.unique(rows[~beaten])
-    return {
-        "accuracy": 1 - len(lost) / len(asked),
-        "chance": float(np.mean(1 / (1 + counts))),
-        "n": len(asked),
-        "by_kind": {
-            str(kind): {
-                "accuracy": float(beaten[kinds == kind].mean()),
-                "n": int(np.count_nonzero(kinds == kind)),
+    for result in results:
+        if result.task == "retrieval":
+            settings = result.settings
+            summary["protocol"] = {
+                "candidates": settings["candidates"],
+                "seed": settings["seed"],
+                "ties": "the mean over random orders",
             }
-            for kind in dict.fromkeys(kinds.tolist())
+            summary.setdefault("retrieval", {})[result.language] = _recalls(result)
+            summary.setdefault("hard_negatives", {})
+        elif result.task == "hard-negatives":
+            summary["hard_negatives"][result.language] = _hard_negatives(result)
+        elif result.task == "zero-shot":
+            of_task = summary.setdefault("zero_shot", {}).setdefault(result.settings["task"], {})
+            of_task[result.language] = _accuracies(result)
+    return summary
+
+
+def _recalls(result: Result) -> dict[str, float]:
+    values = {name: metric.value for name, metric in result.metrics.items()}
+    counts = ("images", "texts", "images_without_text")
+    return {
+        **values,
+        "rsum": 100 * values["rsum"],
+        **{name: result.details[name] for name in counts},
+    }
+
+
+def _hard_negatives(result: Result) -> dict[str, Any]:
+    whole, kinds = result.metrics["accuracy"], result.details["kinds"]
+    return {
+        "accuracy": whole.value,
+        "chance": result.details["chance"]["accuracy"],
+        "n": whole.n,
+        "by_kind": {
+            kind: {"accuracy": result.metrics[f"accuracy_{kind}"].value, "n": n}
+            for kind, n in kinds.items()
         },
     }
 
 
-def _zero_shot(
-    encoder: Encoder, pairs: PairEmbeddings, task: ZeroShotTask, languages: Sequence[str]
-) -> dict[str, dict[str, float]]:
-    asked = [row for row, meta in enumerate(pairs.metas) if meta.get(task.label) is not None]
-    if not asked:
-        raise DataError(
-            f"zero-shot task {task.name!r}: no picture has a label {task.label!r} in its meta; "
-            f"correct the task file or the data"
-        )
-    labels = [str(pairs.metas[row][task.label]) for row in asked]
-    return {
-        language: zero_shot_accuracy(encoder, pairs.image[asked], labels, task, language)
-        for language in languages
-        if language in task.templates
-    }
+def _accuracies(result: Result) -> dict[str, float]:
+    found = {name: metric.value for name, metric in result.metrics.items()}
+    classes = len(result.details["classes"])
+    return {**found, "classes": classes, "chance": 1 / classes, "n": result.metrics["top1"].n}
 
 
 def flat_metrics(results: Results) -> dict[str, float]:

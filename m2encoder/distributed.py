@@ -19,7 +19,7 @@ from m2encoder.errors import PlacementError
 
 T = TypeVar("T")
 TIMEOUT = timedelta(hours=1)
-"""How long a rank waits for another; rank 0 evaluates and saves meanwhile."""
+"""How long a rank waits for another; rank 0 saves meanwhile."""
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class World:
 
     @property
     def is_first(self) -> bool:
-        """Whether this is the process that writes, evaluates and speaks."""
+        """Whether this is the process that writes and speaks."""
         return self.rank == 0
 
     def wrap(self, module: nn.Module) -> nn.Module:

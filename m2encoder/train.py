@@ -44,11 +44,11 @@ def pretrain(
 ) -> dict[str, float]:
     """Train the encoder's model in place and return the last evaluation.
 
-    evaluators: name to a function of the encoder; its values are logged as `eval/name/value`.
+    evaluators: name to a function of the encoder; its values are logged as `eval/name/value`. Every
+    process calls them at the same time, so that they can share the work.
     world: the processes that train together, each calling this with its share of the stream; None
-    for this one alone. The first one evaluates and writes metrics.jsonl and checkpoints/ in
-    cfg.out, from where all resume: step n after a resume equals step n of a run that never
-    stopped, to the bit. Raises DataError when too many pairs are unusable, CheckpointError when the
+    for this one alone. The first one writes metrics.jsonl and checkpoints/ in cfg.out, from where
+    all resume: step n after a resume equals step n of a run that never stopped, to the bit. Raises DataError when too many pairs are unusable, CheckpointError when the
     folder's checkpoint does not fit, M2EncoderError on features or a loss that are not finite.
     """
     # --- setup ---
@@ -72,8 +72,7 @@ def pretrain(
 
     # --- resume ---
     progress = resume(cfg, model, optimizer, steps_per_epoch)
-    if not world.is_first:
-        evaluators, show_progress = {}, False
+    show_progress = show_progress if world.is_first else False
     log = MetricsLog(out / "metrics.jsonl", from_step=progress.step) if world.is_first else None
     dropped, trained_s = progress.dropped, progress.seconds
     results: dict[str, float] = {}

@@ -4,7 +4,7 @@ Not for retrieval (eval/retrieval.py), nor for a few labels of one's own (Encode
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,10 +12,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from m2encoder.embed_lists import embed_texts
 from m2encoder.encoder import Encoder
 from m2encoder.errors import DataError
+from m2encoder.ranks import hits_at_k, ranks_of_scores
 
 TASKS_NAME = "zero_shot.json"
+ROWS = 4096
+"""Pictures scored together."""
 
 
 @dataclass(frozen=True)
@@ -38,6 +42,8 @@ class ZeroShotTask:
     classes: tuple[ZeroShotClass, ...]
     templates: dict[str, tuple[str, ...]]
     """Per language, sentences with one `{}`."""
+    may_share_names: bool = False
+    """Let one name belong to two classes, as published lists do; nothing can tell those apart."""
 
     def __post_init__(self) -> None:
         labels = [answer.label for answer in self.classes]
@@ -60,7 +66,7 @@ class ZeroShotTask:
             if not any(name.strip() for name in answer.names.get(language, ())):
                 raise self._wrong(f"class {answer.label!r} has no {language} name")
         names = [name for answer in self.classes for name in set(answer.names[language])]
-        if repeated := _repeated(names):
+        if not self.may_share_names and (repeated := _repeated(names)):
             raise self._wrong(f"{language} name {repeated!r} belongs to two classes")
 
     def _wrong(self, what: str) -> DataError:
@@ -131,15 +137,19 @@ def _repeated(values: Sequence[str]) -> str | None:
     return next((value for i, value in enumerate(values) if value in values[:i]), None)
 
 
-def build_classifier(encoder: Encoder, task: ZeroShotTask, language: str) -> NDArray[np.float32]:
+def build_classifier(
+    encoder: Encoder, task: ZeroShotTask, language: str, **options: Any
+) -> NDArray[np.float32]:
     """Return (K, D) float32, unit norm: per class the mean of its prompts' unit vectors.
 
-    Every name is put into every template; all of them weigh the same.
+    Every name is put into every template; all of them weigh the same. options: as of `embed_texts`.
     """
     prompts = task.prompts(language)
     flat = [prompt for of_class in prompts for prompt in of_class]
-    vectors = iter(encoder.encode_text(flat, show_progress=False))
-    means = np.stack([np.mean([next(vectors) for _ in of_class], axis=0) for of_class in prompts])
+    options = {"show_progress": False, **options}
+    found = embed_texts(encoder, flat, **options)
+    ends = np.cumsum([len(of_class) for of_class in prompts])
+    means = np.stack([part.mean(axis=0) for part in np.split(found.vectors, ends[:-1])])
     return means / np.maximum(np.linalg.norm(means, axis=1, keepdims=True), 1e-12)
 
 
@@ -164,30 +174,48 @@ def zero_shot_accuracy(
         )
     classifier = build_classifier(encoder, task, language)
     targets = np.asarray([rows[str(label)] for label in labels], np.int64)
-    return accuracy_of_scores(image_vectors @ classifier.T, targets)
+    return accuracy_of_scores(class_scores(image_vectors, classifier), targets)
+
+
+def class_scores(
+    image_vectors: NDArray[np.floating], classifier: NDArray[np.floating]
+) -> NDArray[np.float32]:
+    """Return (N, K) float32 scores of pictures (N, D) for classes (K, D).
+
+    Summed in float64 and then rounded, each distinct class once: classes with one vector, such as
+    two of the same name, tie exactly, and so does what differs by float32 arithmetic only.
+    """
+    return np.concatenate(list(class_score_blocks(image_vectors, classifier)))
+
+
+def class_score_blocks(
+    image_vectors: NDArray[np.floating], classifier: NDArray[np.floating]
+) -> Iterator[NDArray[np.float32]]:
+    """Yield what `class_scores` returns, in order, some pictures at a time."""
+    distinct, place = np.unique(classifier, axis=0, return_inverse=True)
+    distinct_KD = distinct.astype(np.float64)
+    for start in range(0, max(1, len(image_vectors)), ROWS):
+        scores = image_vectors[start : start + ROWS].astype(np.float64) @ distinct_KD.T
+        yield scores.astype(np.float32)[:, place.ravel()]
 
 
 def accuracy_of_scores(scores: NDArray[np.float32], targets: NDArray[np.int64]) -> dict[str, float]:
     """Return the share of pictures, 0..1, whose right class is first, or among the first five.
 
-    scores: (N, K). targets: (N,) the right column of each row. A tie counts against the picture.
+    scores: (N, K). targets: (N,) the right column of each row. Ties count as the chance of a hit
+    if they come in random order; bounds and intervals: eval/classification.py.
     Keys: `top1`; `top5` with more than five classes; `mean_class_recall`, top1 averaged over the
     classes that occur, so that frequent ones weigh no more; `classes`; `chance`, 1 / K; `n`.
     Raises DataError on NaN or no pictures.
     """
-    if not len(scores):
-        raise DataError("no labelled pictures, zero-shot accuracy needs at least one")
-    if not np.isfinite(scores).all():
-        raise DataError("scores hold NaN or infinity; check the model's weights and the embeddings")
-    own = np.take_along_axis(scores, targets[:, None], axis=1)
-    ranks = np.count_nonzero(scores >= own, axis=1)  # its own score is one of them
-    right = ranks == 1
-    recalls = [right[targets == target].mean() for target in np.unique(targets)]
+    ranks = ranks_of_scores(scores, targets)
+    right = hits_at_k(ranks, 1).value
+    seen, pictures = np.bincount(targets, weights=right), np.bincount(targets)
     num_classes = scores.shape[1]
     return {
         "top1": float(right.mean()),
-        **({"top5": float((ranks <= 5).mean())} if num_classes > 5 else {}),
-        "mean_class_recall": float(np.mean(recalls)),
+        **({"top5": float(hits_at_k(ranks, 5).value.mean())} if num_classes > 5 else {}),
+        "mean_class_recall": float(np.mean(seen[pictures > 0] / pictures[pictures > 0])),
         "classes": num_classes,
         "chance": 1 / num_classes,
         "n": len(scores),

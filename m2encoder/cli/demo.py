@@ -96,8 +96,7 @@ def demo(
         nproc: Processes that train together.
     """
     from m2encoder.cli.pretrain import launch_training, run
-    from m2encoder.eval.suite import evaluate, format_table
-    from m2encoder.folders import write_json
+    from m2encoder.eval.suite import format_table
     from m2encoder.index import build_index
     from m2encoder.load import load_model
     from m2encoder.shards import ShardReader
@@ -113,8 +112,7 @@ def demo(
     seconds["training"] = time.perf_counter() - started - seconds["data"]
 
     encoder = load_model(out / "model")
-    results = evaluate(encoder, out / "data/test", candidates=CANDIDATES[source], seed=seed)
-    write_json(out / "results.json", results)
+    results = _evaluate(encoder, out, source, seed)
     print(format_table(results))
     pairs = {pair.key: pair for pair in ShardReader(out / "data/test")}
     _write_photos(pairs.values(), out / "photos")
@@ -124,7 +122,7 @@ def demo(
     steps = _next_steps(out, source)
     summary = SMOKE_SUMMARY if smoke else SUMMARIES[source]
     _write_report(out, source, summary, cfg, encoder, results, searches, seconds, steps)
-    print(f"\nreport: {out / 'report.html'}\n\nnext:")
+    print(f"\nreport: {out / 'report.html'}, every number: {out / 'evaluation.html'}\n\nnext:")
     print("\n".join(f"  {command}" for command, _ in steps))
     return 0
 
@@ -164,6 +162,36 @@ def make_data(
         print(f"{folder / split}: {index.count:,} pairs, captions {index.captions}")
     if attribution := indexes["test"].attribution:
         print(attribution)
+
+
+def _evaluate(encoder: "Encoder", out: Path, source: Source, seed: int) -> "dict[str, Any]":
+    """Measure the test pictures: a result per measure and language, a page, and the short form.
+
+    Also keeps beside the model from which score on a picture fits, for searching.
+    """
+    from m2encoder.embed import embed_pairs
+    from m2encoder.eval.calibrate import calibrate
+    from m2encoder.eval.page import write_page
+    from m2encoder.eval.result_report import ResultReport, render_results
+    from m2encoder.eval.shard_tasks import run_shards
+    from m2encoder.eval.suite import summarise
+    from m2encoder.eval.tasks import Running
+    from m2encoder.folders import write_json
+    from m2encoder.shards import ShardReader
+
+    data = out / "data" / EVALUATED[source]
+    found, _ = calibrate(encoder, embed_pairs(encoder, ShardReader(data)), data=data.name)
+    found.save(out / "model")
+    running = Running(seed=seed)
+    candidates = CANDIDATES[source]
+    results = run_shards(encoder, out / "data/test", running=running, candidates=candidates)
+    for result in results:
+        result.save(out / "eval")
+    page = ResultReport(results, title=TITLES[source], images=None, published=False)
+    write_page(out / "evaluation.html", render_results(page))
+    summary = summarise(results)
+    write_json(out / "results.json", summary)
+    return summary
 
 
 def _write_photos(pairs: "Iterable[Pair]", folder: Path) -> None:

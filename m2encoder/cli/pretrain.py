@@ -84,7 +84,7 @@ def run(cfg: PretrainConfig, *, show_progress: bool | None = None) -> Path:
         stream = make_stream(cfg, tokenizer, world)
         encoder = new_encoder(cfg, tokenizer)
         encoder.model.to(world.device)
-        evaluators = make_evaluators(cfg)
+        evaluators = make_evaluators(cfg, world)
         results = train(cfg, encoder, stream, evaluators, world=world, show_progress=show_progress)
         if world.is_first:
             encoder.model.eval()
@@ -168,15 +168,18 @@ def new_encoder(cfg: PretrainConfig, tokenizer: "SentencePieceTokenizer") -> "En
 
 
 def make_evaluators(
-    cfg: PretrainConfig,
+    cfg: PretrainConfig, world: "World | None" = None
 ) -> dict[str, "Callable[[Encoder], Mapping[str, float]]"]:
     """Return what is measured after each epoch: retrieval and zero-shot on data.evaluate.
+
+    All processes of the world embed their share; each returns the same.
 
     Opens the data at once, so that what is missing or too small is found before training.
     """
     if cfg.data.evaluate is None:
         return {}
-    from m2encoder.eval.suite import draw_candidates, evaluate, flat_metrics
+    from m2encoder.eval.suite import evaluate, flat_metrics
+    from m2encoder.eval.tasks import draw_candidates
     from m2encoder.shards import ShardReader
 
     folder = Path(cfg.data.evaluate)
@@ -187,7 +190,8 @@ def make_evaluators(
 
     def measure(encoder: "Encoder") -> Mapping[str, float]:
         candidates = cfg.evaluate_candidates
-        return flat_metrics(evaluate(encoder, folder, candidates=candidates, seed=cfg.seed))
+        found = evaluate(encoder, folder, candidates=candidates, seed=cfg.seed, world=world)
+        return flat_metrics(found)
 
     return {name: measure}
 

@@ -8,10 +8,14 @@ import json
 import numpy as np
 import pytest
 
-from m2encoder.cli.evaluate import retrieval, zero_shot
+from m2encoder.cli.configuration import find_config, read_yaml
+from m2encoder.cli.evaluate import retrieval, suite, zero_shot
 from m2encoder.errors import ConfigError, DataError
+from m2encoder.eval.results import load_many
 from m2encoder.eval.retrieval import retrieval_metrics
-from m2encoder.eval.suite import draw_candidates, evaluate, flat_metrics, format_table
+from m2encoder.eval.suite import evaluate, flat_metrics, format_table
+from m2encoder.eval.suites import suite_from
+from m2encoder.eval.tasks import draw_candidates
 from m2encoder.shards import Pair, ShardReader, write_shards
 
 
@@ -179,20 +183,25 @@ def test_the_table_shows_each_number_in_percent(results):
 # --- the commands --------------------------------------------------------------------------------
 
 
-def test_eval_retrieval_prints_a_table_and_writes_json(
+def test_eval_retrieval_prints_a_table_and_writes_results(
     model_folder, shards, tmp_path, capsys, results
 ):
-    out = tmp_path / "below" / "result.json"
+    out = tmp_path / "below"
     assert retrieval(model_folder, shards, out=out) == 0
-    assert "retrieval among" in capsys.readouterr().out
-    written = json.loads(out.read_text("utf-8"))
-    assert written["retrieval"] == results["retrieval"]
-    assert "zero_shot" not in written
+    assert "R@1" in capsys.readouterr().out
+    written = load_many([out])
+    assert {result.language for result in written} == {"zh", "en"}
+    for result in written:
+        expected = results["retrieval"][result.language]
+        assert result.metrics["i2t_r1"].value == expected["i2t_r1"]
+        assert result.task == "retrieval"
 
 
 def test_eval_zero_shot_prints_json(model_folder, shards, capsys, results):
     assert zero_shot(model_folder, shards, json=True) == 0
-    assert json.loads(capsys.readouterr().out)["zero_shot"] == results["zero_shot"]
+    for found in json.loads(capsys.readouterr().out):
+        expected = results["zero_shot"][found["settings"]["task"]][found["language"]]
+        assert found["metrics"]["top1"]["value"] == expected["top1"]
 
 
 def test_eval_zero_shot_without_tasks_is_an_error(model_folder, shards, tmp_path):
@@ -208,3 +217,46 @@ def test_skipped_pictures_give_exit_code_4(model_folder, shards, tmp_path, capsy
     folder = copy_shards(shards, tmp_path, spoil)
     assert retrieval(model_folder, folder, on_error="skip") == 4
     assert ShardReader(folder).keys[0] in capsys.readouterr().err
+
+
+def test_eval_suite_runs_what_has_data_and_names_the_rest(
+    model_folder, tiny_shards, tmp_path, capsys
+):
+    plan = tmp_path / "own.yaml"
+    plan.write_text(
+        "title: Own\ntasks:\n  - {data: test, candidates: 10}\n"
+        "  - {protocol: flickr30k-cn/5k, data: not-there}\n"
+    )
+    assert suite(model_folder, str(plan), data=tiny_shards, out=tmp_path / "found") == 4
+    assert "flickr30k-cn/5k: no data at" in capsys.readouterr().err
+    tasks = {result.task for result in load_many([tmp_path / "found"])}
+    assert tasks == {"retrieval", "hard-negatives", "zero-shot", "bilingual"}
+
+
+def test_eval_suite_without_any_data_is_refused(model_folder, tmp_path):
+    with pytest.raises(ConfigError, match="holds data of none of the 5 tasks"):
+        suite(model_folder, "zh", data=tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("tasks: []\ntitle: x", "no tasks, expected at least one"),
+        ("title: x", "expected title and a list of tasks"),
+        ("title: x\ntasks: [{protocol: a}]", "expected a mapping with data and protocol"),
+        ("title: x\ntasks: [{data: a, size: 3}]", "no setting 'size' of a task; known: protocol"),
+        ("title: x\ntasks: [{data: a, protocol: coco-cn/1054}]", "no protocol 'coco-cn/1054'"),
+        ("title: x\ntasks: [{data: 7}]", "data is 7, expected a path or a list of some"),
+    ],
+)
+def test_a_mistake_in_a_suite_is_named(model_folder, tmp_path, text, message):
+    (tmp_path / "own.yaml").write_text(text)
+    with pytest.raises(ConfigError, match=message):
+        suite(model_folder, str(tmp_path / "own.yaml"), data=tmp_path)
+
+
+@pytest.mark.parametrize("name", ["smoke", "zh", "en", "bilingual", "full"])
+def test_shipped_suites_are_well_formed(name):
+    path = find_config(name, kind="eval")
+    tasks = suite_from(read_yaml(path), str(path)).tasks
+    assert all(task.protocol is None or task.known for task in tasks)
