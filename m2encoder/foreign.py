@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+from m2encoder.calibration import keep_calibration
 from m2encoder.encoder import Encoder
 from m2encoder.errors import CheckpointError, DataError
 from m2encoder.folders import complete_folder
@@ -67,6 +68,7 @@ def save_foreign(encoder: Encoder, folder: Path) -> None:
         raise CheckpointError(f"{encoder.name}: {type(encoder.model).__name__} is our own model")
     with complete_folder(folder, marker=marker) as new:
         save(encoder, new)
+        keep_calibration(encoder, new)
 
 
 def _model_type(folder: Path) -> str | None:

@@ -1,13 +1,13 @@
-"""`m2enc embed`, `m2enc index` and `m2enc search`: vectors of pictures and texts, and search.
+"""`m2enc embed` and `m2enc search`: vectors of pictures and texts, and search.
 
 Not for the work itself (embed.py, index.py); this decides when to build an index and what to print.
 """
 
+import csv
 import logging
-import os
 import sys
 from collections.abc import Sequence
-from json import dumps
+from json import dumps, loads
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -16,6 +16,7 @@ from m2encoder.errors import ConfigError, DataError
 if TYPE_CHECKING:
     from m2encoder.encoder import BadItem, Encoder
     from m2encoder.index import ImageIndex, IndexMeta
+    from m2encoder.index_query import Term
 
 logger = logging.getLogger(__name__)
 
@@ -54,117 +55,170 @@ def embed(
     return report_skipped(written.skipped)
 
 
-def index(
-    model: str, source: Path, *, out: Path, batch_size: int = 64, device: str = "auto"
-) -> int:
-    """Build a search index of a picture folder or a shard folder.
-
-    Args:
-        model: A model folder.
-        source: Pictures to find later; unreadable ones are left out (exit code 4).
-        out: Folder to write the index into.
-        batch_size: Pictures at a time.
-        device: Where to compute: auto, cpu, cuda, ...
-    """
-    from m2encoder.index import build_index
-    from m2encoder.load import load_model
-
-    built = build_index(load_model(model, device=device), source, out, batch_size=batch_size)
-    print(f"{out}: {built.meta.count:,} pictures of {source}")
-    return report_skipped(built.skipped)
-
-
 def search(
-    where: Path,
-    query: str,
+    folder: Path,
+    query: str | None = None,
     *,
     model: str | None = None,
+    image: Path | None = None,
+    plus: list[str] | None = None,
+    minus: list[str] | None = None,
+    where: list[str] | None = None,
     k: int = 5,
     json: bool = False,
+    output: Literal["table", "json", "csv", "paths"] = "table",
     device: str = "auto",
 ) -> int:
-    """Find pictures by a Chinese or English description, or by another picture.
+    """Find pictures by a Chinese or English description, by another picture, or by both.
 
     Args:
-        where: A folder of pictures, which is indexed at the first search, or an index.
+        folder: A folder of pictures, which is indexed at the first search, or an index.
         query: Words in any language, or the path of a picture.
         model: A model folder; needed at the first search of a folder, remembered afterwards.
+        image: A picture that the hits should be like, too.
+        plus: More words or pictures to look for; 'sunset^2' counts twice.
+        minus: Words or pictures to avoid; 'people^0.3' less than the usual 0.5.
+        where: Conditions, all of which must hold: 'date>=2024' 'name GLOB trips/*' language=zh.
         k: How many pictures to show.
-        json: Print JSON instead of a table.
+        json: The same as --output json.
+        output: A table, JSON, CSV, or the paths alone.
         device: Where to compute: auto, cpu, cuda, ...
     """
+    from m2encoder.index_query import encode_terms, read_terms
+    from m2encoder.index_where import compile_where
+
     if k < 1:
         raise ConfigError(f"k is {k}, expected at least 1")
-    by_picture = is_picture(query)
-    opened, encoder, is_new = open_for_search(where, model, device=device)
-    vectors = encoder.encode_image(Path(query)) if by_picture else encoder.encode_text(query)
-    hits = opened.search(vectors, k)[0]
-    if json:
-        found = [
-            {"rank": rank, "score": hit.score, "name": hit.name, "path": _path(hit.path)}
-            for rank, hit in enumerate(hits, 1)
-        ]
-        print(dumps({"query": query, "hits": found}, ensure_ascii=False, indent=2))
+    terms = read_terms(query, image=image, plus=plus or (), minus=minus or ())
+    compile_where(where or ())  # a mistake shows before anything is embedded
+    opened, encoder, is_new = open_for_search(folder, model, device=device)
+    hits = opened.search(encode_terms(encoder, terms), k, where=where or ())[0]
+    threshold = _threshold(encoder, terms)
+    rows = [
+        {
+            "rank": rank,
+            "score": hit.score,
+            "name": hit.name,
+            "path": None if hit.path is None else str(hit.path),
+            "id": hit.id,
+            "date": hit.date,
+            "meta": hit.meta,
+            "match": None if threshold is None else hit.score >= threshold,
+        }
+        for rank, hit in enumerate(hits, 1)
+    ]
+    if json or output == "json":
+        found = {"query": query, "threshold": threshold, "hits": rows}
+        print(dumps(found, ensure_ascii=False, indent=2))
     else:
-        for rank, hit in enumerate(hits, 1):
-            print(f"{rank:>3}  {hit.score:.3f}  {hit.path or hit.name}")
+        _print_rows(rows, output)
+    if rows and not any(row["match"] is not False for row in rows):
+        print(f"no match: every picture scores below {threshold:.3f}", file=sys.stderr)
     return report_skipped(opened.skipped) if is_new else 0
 
 
-def is_picture(query: str) -> bool:
-    """Say whether a query is the path of a file, not words. Raises DataError if it is neither."""
-    from m2encoder.images import IMAGE_SUFFIXES
+def _threshold(encoder: "Encoder", terms: "Sequence[Term]") -> float | None:
+    """Return the cosine from which on a picture fits, where the model was calibrated for that."""
+    from m2encoder.calibration import load_calibration
+    from m2encoder.index_query import language_of_terms
 
-    if not query.strip():
-        raise DataError("the query is empty, expected words or the path of a picture; type some")
-    if os.path.isfile(query):  # unlike Path.is_file, False on names that are too long to be one
-        return True
-    if Path(query[-8:]).suffix.lower() in IMAGE_SUFFIXES:
-        raise DataError(f"{query}: no such picture; check the path")
-    return False
+    language = language_of_terms(terms)
+    calibration = None if language is None else load_calibration(encoder)
+    return None if calibration is None or language is None else calibration.threshold(language)
+
+
+def _print_rows(rows: list[dict[str, Any]], output: str) -> None:
+    if output == "csv":
+        writer = csv.DictWriter(
+            sys.stdout,
+            ["rank", "score", "name", "path", "date", "match"],
+            extrasaction="ignore",
+            lineterminator="\n",
+        )
+        writer.writeheader()
+        writer.writerows(rows)
+        return
+    for row in rows:
+        shown = row["path"] or row["name"]
+        if output == "table":
+            mark = "  (no match)" if row["match"] is False else ""
+            shown = f"{row['rank']:>3}  {row['score']:.3f}  {shown}{mark}"
+        print(shown)
 
 
 def open_for_search(
-    where: Path, model: str | None, *, device: str = "auto"
+    folder: Path, model: str | None, *, device: str = "auto"
 ) -> "tuple[ImageIndex, Encoder, bool]":
-    """Open an index, or a picture folder's own, which is built when missing or out of date.
+    """Open an index, or a picture folder's own, which is built or updated where it is needed.
 
-    Returns it, its model, and whether it was built just now. Raises DataError, or ConfigError if a
+    Returns it, its model, and whether that was done just now. Raises DataError, or ConfigError if a
     model is needed and none was given or remembered.
     """
-    from m2encoder.index import META_NAME, ImageIndex, IndexMeta, build_index, source_stamp
+    from m2encoder.index import (
+        ImageIndex,
+        build_index,
+        is_finished,
+        is_index,
+        read_meta,
+        source_stamp,
+        update_index,
+    )
 
-    if (where / META_NAME).is_file():
-        meta = IndexMeta.load(where)
-        encoder = _load(model, meta, where, device)
-        return ImageIndex.open(where, encoder=encoder), encoder, False
-    if not where.is_dir():
-        raise DataError(f"{where}: expected a folder of pictures or an index; check the path")
-    own = where / OWN_INDEX
-    meta = IndexMeta.load(own) if (own / META_NAME).is_file() else None
-    encoder = _load(model, meta, where, device)
-    if meta and meta.stamp == source_stamp(where):
-        if meta.model_fingerprint == encoder.fingerprint:
-            return ImageIndex.open(own, encoder=encoder), encoder, False
-        logger.info("the index of %s is another model's; building it again", where)
-    elif meta:
-        logger.info("the pictures of %s have changed; building the index again", where)
-    return build_index(encoder, where, own), encoder, True
+    if is_index(folder):
+        meta = read_meta(folder)
+        encoder = load_remembered(model, meta, folder, device)
+        return ImageIndex.open(folder, encoder=encoder), encoder, False
+    if not folder.is_dir():
+        raise DataError(f"{folder}: expected a folder of pictures or an index; check the path")
+    own = folder / OWN_INDEX
+    meta = read_meta(own) if is_finished(own) else None
+    encoder = load_remembered(model or _old_model(own), meta, folder, device)
+    if meta is None:
+        return build_index(encoder, folder, own), encoder, True
+    if meta.model_fingerprint != encoder.fingerprint:
+        logger.info("the index of %s is another model's; building it again", folder)
+        return build_index(encoder, folder, own, settings=meta.settings), encoder, True
+    is_new = meta.stamp != source_stamp(folder)
+    if is_new:
+        changes = update_index(encoder, own)
+        logger.info("%s: %s", folder, describe_changes(changes))
+    return ImageIndex.open(own, encoder=encoder), encoder, is_new
 
 
-def _load(model: str | None, meta: "IndexMeta | None", where: Path, device: str) -> "Encoder":
+def _old_model(own: Path) -> str | None:
+    """Return the model that an index of format 1 remembers, so that it is built again as it was."""
+    try:
+        said = loads((own / "index_meta.json").read_text(encoding="utf-8"))
+        return said["model_path"] if Path(said["model_path"]).is_dir() else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def load_remembered(
+    model: str | None, meta: "IndexMeta | None", folder: Path, device: str
+) -> "Encoder":
+    """Load `model`, or else the one that an index was made with."""
     from m2encoder.load import load_model
 
     if model is None and (meta is None or meta.model_path is None):
-        raise ConfigError(
-            f"{where}: no index yet, so a model is needed; say which with --model FOLDER"
-        )
+        found = "no finished index yet" if meta is None else "its index knows no model folder"
+        raise ConfigError(f"{folder}: {found}, so a model is needed; say which with --model FOLDER")
     if model is None and meta and meta.model_path and not Path(meta.model_path).is_dir():
         raise ConfigError(
-            f"{where}: its index was made with {meta.model_path}, which is gone; say where the "
+            f"{folder}: its index was made with {meta.model_path}, which is gone; say where the "
             f"model is with --model FOLDER"
         )
     return load_model(model or (meta and meta.model_path) or "", device=device)
+
+
+def describe_changes(changes: Any) -> str:
+    """Say how many pictures an update added, changed and removed."""
+    counts = [
+        f"{len(names):,} {what}"
+        for what in ("added", "changed", "removed")
+        if (names := getattr(changes, what))
+    ]
+    return f"{', '.join(counts) or 'nothing new'}; {changes.embedded:,} embedded"
 
 
 def report_skipped(skipped: "Sequence[BadItem]") -> int:
@@ -177,7 +231,3 @@ def report_skipped(skipped: "Sequence[BadItem]") -> int:
     if len(skipped) > MAX_NAMED:
         print(f"  and {len(skipped) - MAX_NAMED:,} more", file=sys.stderr)
     return EXIT_PARTIAL
-
-
-def _path(path: Path | None) -> Any:
-    return None if path is None else str(path)
