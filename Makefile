@@ -84,7 +84,7 @@ endef
 $(VENV)/.stamp: pyproject.toml constraints.txt
 	$(call environment,$(VENV),$(TORCH),dev,constraints.txt)
 
-$(PEERS)/.stamp: pyproject.toml constraints.txt constraints-peers.txt
+$(PEERS)/.stamp: pyproject.toml constraints-peers.txt
 	$(call environment,$(PEERS),$(TORCH) $(TORCHVISION),dev$(comma)peers,constraints-peers.txt)
 
 # $(call consumer,FOLDER,CONSTRAINTS): an environment without m2encoder.

@@ -6,7 +6,7 @@ Not for measuring, nor for reading and writing results (results.py) or other dat
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -103,6 +103,29 @@ def custom_protocol(content: bytes) -> dict[str, Any]:
     """Return the protocol of data that is known by its bytes alone."""
     checksum = hashlib.sha256(content).hexdigest()
     return {"id": f"{CUSTOM}:{checksum[:SHORT]}", "status": "custom", "checksum": checksum}
+
+
+def note_contamination(results: Sequence[Result], checked: Result) -> list[Result]:
+    """Return results that say what was found of their test set in training data.
+
+    checked: what `m2enc eval contamination` wrote; results of other data stay as they are. Raises
+    DataError if it is no such result, or of none of these data.
+    """
+    if checked.task != "contamination":
+        raise DataError(
+            f"a result of {checked.task}, expected one of contamination; check the path"
+        )
+    place = Path(checked.data["path"]).resolve()
+    same = [Path(result.data["path"]).resolve() == place for result in results]
+    if not any(same):
+        raise DataError(
+            f"the contamination of {checked.data['path']} was checked, but "
+            f"{results[0].data['path']} was measured; check the same data"
+        )
+    return [
+        replace(result, contamination=checked.contamination) if is_same else result
+        for result, is_same in zip(results, same, strict=True)
+    ]
 
 
 def skipped_facts(skipped: Sequence[BadItem]) -> list[dict[str, str]]:

@@ -1,9 +1,9 @@
-"""Stream pictures and texts of a shard folder, a picture folder or a text file through an Encoder.
+"""Encode shard folders, picture folders and text files, into memory or into a folder of arrays.
 
-Not for single items (Encoder.encode_image), nor for search (index.py) and metrics (eval/).
+Lists of pictures or texts: embed_lists.py. Not for single items (Encoder.encode_image), nor for
+search (index.py) and metrics (eval/).
 """
 
-import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,15 +11,23 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from tqdm import tqdm
 
+from m2encoder.distributed import World
+from m2encoder.embed_lists import (
+    ItemEmbeddings,
+    TextVectors,
+    check_on_error,
+    embed_pictures,
+    embed_texts,
+    refuse,
+)
+from m2encoder.embed_work import Precision
 from m2encoder.encoder import BadItem, Encoder, OnError
 from m2encoder.errors import DataError
 from m2encoder.folders import check_replaceable, complete_folder, write_json, write_jsonl
-from m2encoder.images import ImageSource, list_images, open_image
-from m2encoder.shards import INDEX_NAME, ShardReader
-
-logger = logging.getLogger(__name__)
+from m2encoder.pictures import FolderPictures, ShardPictures
+from m2encoder.shards import INDEX_NAME, Pair, ShardReader
+from m2encoder.vector_store import VectorStore
 
 Vectors = NDArray[np.float32]
 META_NAME = "meta.json"
@@ -36,6 +44,8 @@ class TextEmbeddings:
     owner: NDArray[np.int64]
     """(M,) row of the picture in `PairEmbeddings.image`; never falls from one text to the next."""
     texts: list[str]
+    truncated: int = 0
+    """How many were longer than the model takes."""
 
 
 @dataclass(frozen=True)
@@ -51,17 +61,6 @@ class PairEmbeddings:
     """`Pair.meta` of each picture."""
     skipped: list[BadItem]
     """Unreadable pictures (their pair is left out) and empty captions."""
-
-
-@dataclass(frozen=True)
-class ItemEmbeddings:
-    """Named vectors of one kind: the pictures of a folder, or the lines of a file."""
-
-    vectors: Vectors
-    """(N, D) float32, unit norm."""
-    names: list[str]
-    """Path below the folder with forward slashes, or the text itself."""
-    skipped: list[BadItem]
 
 
 class EmbeddedFolder(NamedTuple):
@@ -80,70 +79,90 @@ def embed_pairs(
     languages: Sequence[str] | None = None,
     batch_size: int = 64,
     on_error: OnError = "raise",
+    store: VectorStore | None = None,
+    world: World | None = None,
+    precision: Precision = "float32",
     show_progress: bool | None = None,
 ) -> PairEmbeddings:
-    """Encode every picture and caption of a shard folder, `batch_size` pairs at a time.
+    """Encode every picture and caption of a shard folder.
 
-    languages: encode only these captions; by default all. show_progress None: on a terminal only.
+    languages: encode only these captions; by default all. Other options as of `embed_pictures`.
     With on_error="skip", unreadable pictures and empty captions are left out and listed.
     Raises DataError on the first of them otherwise, and always on damaged shards.
     """
-    images: list[Vectors] = [_no_vectors(encoder)]
-    keys: list[str] = []
+    pairs = _PairPictures(reader, languages, on_error)
+    options: dict[str, Any] = {
+        "batch_size": batch_size,
+        "store": store,
+        "world": world,
+        "precision": precision,
+        "show_progress": show_progress,
+    }
+    found = embed_pictures(encoder, pairs, on_error=on_error, **options)
+    skipped = [*found.skipped]
+    captions: dict[str, tuple[list[str], list[int]]] = {}
     metas: list[dict[str, Any]] = []
-    captions: dict[str, _Captions] = {}
-    skipped: list[BadItem] = []
-    with _progress(len(reader), "pairs", show_progress) as bar:
-        for start in range(0, len(reader), batch_size):
-            pixels: list[NDArray[np.uint8]] = []
-            for position in range(start, min(start + batch_size, len(reader))):
-                pair = reader[position]
-                small = _read(encoder, pair.image, pair.key, position, on_error, skipped)
-                if small is None:
-                    continue
-                for language in pair.captions if languages is None else languages:
-                    found = captions.setdefault(language, _Captions(encoder, batch_size))
-                    for number, text in enumerate(pair.captions.get(language, ())):
-                        if text.strip():
-                            found.add(text, owner=len(keys))
-                        else:
-                            name = f"{pair.key}, {language} caption {number}"
-                            _refuse(BadItem(position, name, "empty text"), on_error, skipped)
-                pixels.append(small)
-                keys.append(pair.key)
-                metas.append(pair.meta)
-            images.append(_encode_pixels(encoder, pixels, batch_size))
-            bar.update(min(batch_size, len(reader) - start))
-    texts = {language: found.finish() for language, found in captions.items() if found.texts}
-    return PairEmbeddings(np.concatenate(images), texts, keys, metas, skipped)
+    for row, position in enumerate(found.kept.tolist()):
+        record = pairs.record(position)
+        metas.append(record.meta)
+        skipped += record.bad
+        for language, texts in record.captions.items():
+            all_texts, owner = captions.setdefault(language, ([], []))
+            all_texts += texts
+            owner += [row] * len(texts)
+    embedded: dict[str, TextEmbeddings] = {}
+    for language, (texts, owner) in captions.items():
+        if texts:
+            vectors, truncated = embed_texts(encoder, texts, **options)
+            rows = np.asarray(owner, np.int64)
+            embedded[language] = TextEmbeddings(vectors, rows, texts, truncated)
+    return PairEmbeddings(found.vectors, embedded, found.names, metas, sorted(skipped))
 
 
-class _Captions:
-    """Captions of one language; encoded whenever a batch is full."""
+class _Record(NamedTuple):
+    """A pair without its picture."""
 
-    def __init__(self, encoder: Encoder, batch_size: int) -> None:
-        self.encoder, self.batch_size = encoder, batch_size
-        self.texts: list[str] = []
-        self.owner: list[int] = []
-        self.vectors: list[Vectors] = [_no_vectors(encoder)]
-        self.encoded = 0
+    captions: dict[str, list[str]]
+    """Of the languages asked for, those that are not empty."""
+    bad: list[BadItem]
+    meta: dict[str, Any]
 
-    def add(self, text: str, *, owner: int) -> None:
-        self.texts.append(text)
-        self.owner.append(owner)
-        if len(self.texts) - self.encoded == self.batch_size:
-            self._encode()
 
-    def _encode(self) -> None:
-        waiting = self.texts[self.encoded :]
-        self.vectors.append(self.encoder.encode_text(waiting, show_progress=False))
-        self.encoded = len(self.texts)
+class _PairPictures(ShardPictures):
+    """A shard folder's pictures; remembers the captions that come past with them."""
 
-    def finish(self) -> TextEmbeddings:
-        if self.encoded < len(self.texts):
-            self._encode()
-        owner = np.asarray(self.owner, np.int64)
-        return TextEmbeddings(np.concatenate(self.vectors), owner, self.texts)
+    def __init__(
+        self, reader: ShardReader, languages: Sequence[str] | None, on_error: OnError
+    ) -> None:
+        super().__init__(reader)
+        self._languages = languages
+        self._on_error: OnError = on_error
+        self._records: dict[int, _Record] = {}
+
+    def read(self, position: int) -> bytes:
+        """Return the encoded picture. With on_error="raise", an empty caption raises."""
+        pair = self.reader[position]
+        self._records[position] = self._taken_from(pair, position)
+        return pair.image
+
+    def record(self, position: int) -> _Record:
+        """Return the rest of a pair, reading it if its picture was not."""
+        if position not in self._records:  # its vector was stored, or is another rank's work
+            self._records[position] = self._taken_from(self.reader[position], position)
+        return self._records[position]
+
+    def _taken_from(self, pair: Pair, position: int) -> _Record:
+        captions: dict[str, list[str]] = {}
+        bad: list[BadItem] = []
+        for language in pair.captions if self._languages is None else self._languages:
+            captions[language] = []
+            for number, text in enumerate(pair.captions.get(language, ())):
+                if text.strip():
+                    captions[language].append(text)
+                else:
+                    name = f"{pair.key}, {language} caption {number}"
+                    refuse(BadItem(position, name, "empty text"), self._on_error, bad)
+        return _Record(captions, bad, pair.meta)
 
 
 def embed_folder(
@@ -152,31 +171,26 @@ def embed_folder(
     *,
     batch_size: int = 64,
     on_error: OnError = "raise",
+    store: VectorStore | None = None,
     show_progress: bool | None = None,
 ) -> ItemEmbeddings:
-    """Encode every picture below `folder`, turned upright by EXIF, `batch_size` at a time.
+    """Encode every picture below `folder`, turned upright by EXIF.
 
     With on_error="skip", unreadable pictures are left out and listed; by default the first raises.
     Raises DataError if the folder is missing or holds no picture.
     """
-    paths = list_images(folder)
-    if not paths:
+    pictures = FolderPictures(folder)
+    if not len(pictures):
         raise DataError(f"{folder}: holds no pictures, expected JPEG, PNG, ...; check the path")
-    vectors: list[Vectors] = [_no_vectors(encoder)]
-    names: list[str] = []
-    skipped: list[BadItem] = []
-    with _progress(len(paths), "pictures", show_progress) as bar:
-        for start in range(0, len(paths), batch_size):
-            pixels: list[NDArray[np.uint8]] = []
-            for position, path in enumerate(paths[start : start + batch_size], start):
-                name = path.relative_to(folder).as_posix()
-                small = _read(encoder, path, name, position, on_error, skipped, upright=True)
-                if small is not None:
-                    pixels.append(small)
-                    names.append(name)
-                bar.update()
-            vectors.append(_encode_pixels(encoder, pixels, batch_size))
-    return ItemEmbeddings(np.concatenate(vectors), names, skipped)
+    return embed_pictures(
+        encoder,
+        pictures,
+        batch_size=batch_size,
+        on_error=on_error,
+        store=store,
+        upright=True,
+        show_progress=show_progress,
+    )
 
 
 def embed_text_file(
@@ -191,18 +205,23 @@ def embed_text_file(
 
     Raises DataError if the file is missing, empty or not UTF-8.
     """
+    check_on_error(on_error)
     skipped: list[BadItem] = []
-    texts: list[str] = []
-    for position, line in enumerate(_read_lines(path)):
+    kept: list[int] = []
+    lines = _read_lines(path)
+    for position, line in enumerate(lines):
         if line.strip():
-            texts.append(line)
+            kept.append(position)
         else:
             bad = BadItem(position, f"{path.name}, line {position + 1}", "empty text")
-            _refuse(bad, on_error, skipped)
-    if not texts:
+            refuse(bad, on_error, skipped)
+    if not kept:
         raise DataError(f"{path}: holds no text, expected one per line; check the path")
-    vectors = encoder.encode_text(texts, batch_size=batch_size, show_progress=show_progress)
-    return ItemEmbeddings(vectors, texts, skipped)
+    texts = [lines[position] for position in kept]
+    found: TextVectors = embed_texts(
+        encoder, texts, batch_size=batch_size, show_progress=show_progress
+    )
+    return ItemEmbeddings(found.vectors, texts, skipped, np.asarray(kept, np.int64))
 
 
 def _read_lines(path: Path) -> list[str]:
@@ -295,51 +314,3 @@ def _caption_items(pairs: PairEmbeddings) -> list[dict[str, Any]]:
         for owner, text in zip(texts.owner, texts.texts, strict=True)
     ]
     return [{"array": "text", "row": i} | row for i, row in enumerate(rows)]
-
-
-def _read(
-    encoder: Encoder,
-    source: ImageSource,
-    name: str,
-    position: int,
-    on_error: OnError,
-    skipped: list[BadItem],
-    *,
-    upright: bool = False,
-) -> NDArray[np.uint8] | None:
-    """Open one picture and scale it to the model's size at once, (S, S, 3); None if it was skipped.
-
-    A batch of full-size photographs would take gigabytes. The encoder's own scaling then finds
-    nothing left to do: levels k/255 return to k exactly, and same-size resizing copies.
-    """
-    try:
-        picture = open_image(source, name=name, upright=upright)
-    except DataError as error:
-        reason = str(error).removeprefix(f"{name}: ")
-        _refuse(BadItem(position, name, reason), on_error, skipped)
-        return None
-    pixels = encoder.image_processor.to_pixels(picture)
-    return np.rint(pixels * 255).astype(np.uint8).transpose(1, 2, 0)
-
-
-def _refuse(bad: BadItem, on_error: OnError, skipped: list[BadItem]) -> None:
-    if on_error not in ("raise", "skip"):
-        raise ValueError(f"on_error is {on_error!r}, expected 'raise' or 'skip'")
-    if on_error == "raise":
-        raise DataError(f"{bad.name}: {bad.reason}")
-    logger.debug("skipped %s: %s", bad.name, bad.reason)
-    skipped.append(bad)
-
-
-def _encode_pixels(encoder: Encoder, pixels: list[NDArray[np.uint8]], batch_size: int) -> Vectors:
-    if not pixels:
-        return _no_vectors(encoder)
-    return encoder.encode_image(pixels, batch_size=batch_size, show_progress=False)
-
-
-def _no_vectors(encoder: Encoder) -> Vectors:
-    return np.zeros((0, encoder.dim), np.float32)
-
-
-def _progress(total: int, unit: str, show: bool | None) -> "tqdm[Any]":
-    return tqdm(total=total, unit=f" {unit}", disable=None if show is None else not show)

@@ -187,7 +187,7 @@ class Encoder:
         """
         many = [texts] if isinstance(texts, str) else texts
         return self._encode(
-            many, _checked_text, self._text_vectors, "texts",
+            many, checked_text, self._text_vectors, "texts",
             batch_size, on_error, skipped, show_progress, convert_to_tensor,
         )  # fmt: skip
 
@@ -213,7 +213,7 @@ class Encoder:
             missed: list[BadItem] = []
             found = self._encode(
                 [many[i] for i in where],
-                _checked_text if is_text else self._pixels,
+                checked_text if is_text else self._pixels,
                 self._text_vectors if is_text else self._image_vectors,
                 "texts" if is_text else "pictures",
                 batch_size, on_error, missed, show_progress, True, where,
@@ -301,11 +301,12 @@ class Encoder:
         return self.model.encode_image(torch.from_numpy(np.stack(pixels)).to(self.device))
 
     def _fast_tokenizer(self) -> PreTrainedTokenizerFast | None:
-        tokenizer = self._needed_tokenizer()
+        tokenizer = self.needed_tokenizer()
         tokenizer = getattr(tokenizer, "inner", tokenizer)
         return tokenizer if isinstance(tokenizer, PreTrainedTokenizerFast) else None
 
-    def _needed_tokenizer(self) -> Any:
+    def needed_tokenizer(self) -> Any:
+        """Return the tokenizer. Raises CheckpointError if the model has none."""
         if self.tokenizer is None:
             raise CheckpointError(
                 f"{self.name}: this model has no tokenizer, so it encodes no texts; give it one "
@@ -314,7 +315,7 @@ class Encoder:
         return self.tokenizer
 
     def _text_vectors(self, texts: list[str]) -> Tensor:
-        tokenizer = self._needed_tokenizer()
+        tokenizer = self.needed_tokenizer()
         side = "left" if tokenizer.truncation_side == "left" else "right"
         texts = [clip(text, side) for text in texts]
         inputs = tokenizer(texts, padding=True, truncation=True, return_tensors="pt")
@@ -358,7 +359,8 @@ def _prepared(
         yield batch
 
 
-def _checked_text(text: str, name: str) -> str:
+def checked_text(text: str, name: str) -> str:
+    """Return the text. Raises DataError if it is empty or half a character, TypeError if no str."""
     if not isinstance(text, str):
         raise TypeError(f"{name} is a {type(text).__name__}, expected a str")
     try:

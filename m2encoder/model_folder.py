@@ -15,6 +15,7 @@ from safetensors import safe_open
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
+from m2encoder.calibration import keep_calibration
 from m2encoder.card import is_unchanged, write_card
 from m2encoder.compat import import_timm
 from m2encoder.encoder import Encoder
@@ -207,7 +208,8 @@ def save_model_folder(
     """Write all that `load_model`, transformers and sentence-transformers need, or nothing.
 
     An older model folder is replaced once everything is written. Weights keep their dtype; whoever
-    opens them computes in float32 unless asked for another.
+    opens them computes in float32 unless asked for another. A calibration comes along while it
+    fits the weights.
     sp_model: serves further training; by default the one in the folder that `encoder` is from,
         whose unused released tensors come along too.
     license: SPDX name for the card; without one the card says that none is stated.
@@ -227,6 +229,7 @@ def save_model_folder(
         for name in (EXTRAS, *(["results.json"] if is_unchanged(encoder) else [])):
             if encoder.folder is not None and (encoder.folder / name).is_file():
                 shutil.copy(encoder.folder / name, new / name)
+        keep_calibration(encoder, new)
         if golden:
             write_golden(encoder, new)
         write_card(encoder, new, repo_id=repo_id, license=license)

@@ -11,13 +11,15 @@ from tempfile import TemporaryDirectory
 
 from huggingface_hub import HfApi
 
+from m2encoder.calibration import CALIBRATION
 from m2encoder.encoder import Encoder
 from m2encoder.errors import ConfigError, M2EncoderError
 from m2encoder.model.modeling_m2encoder import M2Encoder
 from m2encoder.model_folder import save_model_folder
 
-REPLACED = ["*.safetensors", "*.safetensors.index.json"]
-"""Files of an earlier upload that go when this one does not have them: weights in other parts."""
+REPLACED = ["*.safetensors", "*.safetensors.index.json", CALIBRATION]
+"""Files of an earlier upload that go when this one does not have them: weights in other parts, and
+a calibration of other weights."""
 REASONS = {
     401: "not logged in, or the token is not valid; run `hf auth login`, or give a token",
     403: "the token may not write there; take one with write access to it",

@@ -238,7 +238,8 @@ def test_a_flag_needs_no_value(capsys, tiny_model_folder, tiny_shards, flag, is_
     places = [tiny_model_folder, tiny_shards / "test"]
     words = [*flag, *places] if is_first else [*places, *flag]
     assert m2enc("eval", "retrieval", "--candidates", "10", *words) == 0
-    assert "retrieval" in json.loads(capsys.readouterr().out)
+    found = json.loads(capsys.readouterr().out)
+    assert [result["language"] for result in found] == ["zh", "en"]
 
 
 def test_a_shipped_configuration_can_be_copied_once_and_used(capsys, one_line, tmp_path):

@@ -21,6 +21,7 @@ from m2encoder.config import (
     TokenizerConfig,
 )
 from m2encoder.errors import ConfigError
+from m2encoder.eval.suites import suite_from
 from m2encoder.model.architecture import Architecture
 from m2encoder.presets import list_presets, preset
 
@@ -71,6 +72,8 @@ def test_options_are_frozen():
 def test_every_shipped_configuration_loads(path):
     if path.parent.name == "model":
         assert preset(path.stem) == Architecture(**yaml.safe_load(path.read_text("utf-8")))
+    elif path.parent.name == "eval":
+        assert suite_from(yaml.safe_load(path.read_text("utf-8")), str(path)).tasks
     else:
         assert path.parent.name == "pretrain", "say here how this kind is loaded"
         cfg = parse("--config", str(path))

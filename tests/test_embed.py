@@ -3,12 +3,12 @@
 Not for the Encoder itself.
 """
 
-import io
 import json
 
 import numpy as np
 import pytest
 from PIL import Image
+from tiny_pictures import encoded_picture
 
 from m2encoder.embed import embed_folder, embed_pairs, embed_text_file, embed_to_folder
 from m2encoder.errors import DataError
@@ -22,14 +22,6 @@ CLOSE = {"rtol": 0, "atol": 2e-6}
 @pytest.fixture(scope="module")
 def shards(tiny_shards):
     return tiny_shards / "test"
-
-
-def encoded_picture(seed, size=(48, 40)):
-    """A picture of random patches as PNG bytes."""
-    pixels = np.random.default_rng(seed).integers(0, 256, (5, 6, 3), dtype=np.uint8)
-    stream = io.BytesIO()
-    Image.fromarray(pixels).resize(size, Image.Resampling.NEAREST).save(stream, "PNG")
-    return stream.getvalue()
 
 
 def shards_with_faults(folder):

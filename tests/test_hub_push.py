@@ -60,6 +60,7 @@ def hub(tiny_model_folder: Path, tmp_path_factory: pytest.TempPathFactory):
         server.repositories["org/again"] = {
             "model-00001-of-00002.safetensors": b"old",
             "README.md": b"old",
+            "calibration.json": b"of other weights",
             "图.png": b"mine",
         }
         said = push(
@@ -119,6 +120,7 @@ def test_a_second_upload_leaves_no_weights_of_the_first_and_nobody_elses_files(h
     assert again["图.png"] == b"mine"
     assert again["README.md"] != b"old"
     assert [name for name in again if name.endswith(".safetensors")] == ["model.safetensors"]
+    assert "calibration.json" not in again
 
 
 def test_a_name_without_an_organisation_is_the_users_own(hub) -> None:

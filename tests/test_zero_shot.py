@@ -14,6 +14,7 @@ from m2encoder.zero_shot import (
     ZeroShotTask,
     accuracy_of_scores,
     build_classifier,
+    class_scores,
     load_tasks,
     zero_shot_accuracy,
 )
@@ -98,9 +99,23 @@ def test_top5_is_left_out_where_it_means_nothing():
     assert "top5" not in accuracy_of_scores(np.eye(5, dtype=np.float32), np.arange(5))
 
 
-def test_a_collapsed_model_is_never_right():
-    accuracy = accuracy_of_scores(np.full((8, 4), 0.7, np.float32), np.arange(8) % 4)
-    assert accuracy["top1"] == 0.0
+def test_a_collapsed_model_is_right_as_often_as_chance():
+    accuracy = accuracy_of_scores(np.full((8, 6), 0.7, np.float32), np.arange(8) % 6)
+    assert accuracy["top1"] == accuracy["mean_class_recall"] == accuracy["chance"] == 1 / 6
+    assert accuracy["top5"] == pytest.approx(5 / 6)
+
+
+def test_classes_of_one_vector_tie_exactly():
+    """ImageNet's English list names two classes "missile": a picture cannot tell them apart."""
+    vectors = np.random.default_rng(0).standard_normal((500, 301)).astype(np.float32)
+    classifier = vectors[:33].copy()
+    classifier[[7, 20, 32]] = classifier[0]
+    scores = class_scores(vectors, classifier)
+    assert np.array_equal(scores[:, [7, 20, 32]], scores[:, [0, 0, 0]])
+    expected = (vectors.astype(np.float64) @ classifier.T.astype(np.float64)).astype(np.float32)
+    np.testing.assert_allclose(scores, expected, rtol=1e-6)
+    accuracy = accuracy_of_scores(class_scores(classifier, classifier), np.arange(33))
+    assert accuracy["top1"] == pytest.approx((29 + 4 / 4) / 33)
 
 
 def change(**fields):

@@ -32,8 +32,29 @@ COMMANDS: dict[str, Command] = {
     "tokenizer train": Command("tokenizer", "train", "train a bilingual SentencePiece tokenizer"),
     "eval retrieval": Command("evaluate", "retrieval", "recall@k between pictures and captions"),
     "eval zero-shot": Command("evaluate", "zero_shot", "accuracy on classes described in words"),
+    "eval suite": Command("evaluate", "suite", "every task of a suite: zh, en, bilingual, full"),
+    "eval bilingual": Command("bilingual", "bilingual", "how alike Chinese and English are taken"),
+    "eval fine-grained": Command(
+        "fine_grained", "fine_grained", "captions that differ in one thing; SugarCrepe, Winoground"
+    ),
+    "eval prompts": Command("prompts", "prompts", "class names that differ between languages"),
+    "eval calibrate": Command(
+        "calibrate", "calibrate", "from which score on a picture fits, kept for searching"
+    ),
+    "eval probe": Command("probe", "probe", "train a classifier on a model's picture vectors"),
+    "eval contamination": Command(
+        "contamination", "contamination", "look for a test set in training data"
+    ),
+    "eval protocols": Command("protocols", "protocols", "name what can be measured, and how"),
+    "eval table": Command("results", "table", "results and published figures side by side"),
+    "eval compare": Command("results", "compare", "what sets two runs apart, and how surely"),
+    "eval report": Command("results", "report", "a page about results, with pictures"),
     "embed": Command("search", "embed", "write the vectors of pictures or texts"),
-    "index": Command("search", "index", "build a search index of pictures"),
+    "index": Command("index", "index", "build a search index of pictures"),
+    "index info": Command("index", "info", "describe an index and what its search finds"),
+    "index update": Command("index", "update", "embed new and changed pictures, drop gone ones"),
+    "index add": Command("index", "add", "add pictures of the indexed folder"),
+    "index remove": Command("index", "remove", "take pictures out of an index"),
     "search": Command("search", "search", "find pictures by Chinese, English or another picture"),
     "convert": Command(
         "convert", "convert", "turn a released checkpoint into a model folder, and back"

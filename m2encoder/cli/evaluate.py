@@ -34,6 +34,7 @@ def retrieval(
     candidates: int | None = None,
     seed: int = 0,
     cache: Path | None = None,
+    contamination: Path | None = None,
     out: Path | None = None,
     json: bool = False,
     on_error: OnError = "raise",
@@ -53,6 +54,7 @@ def retrieval(
         candidates: Rank among that many pairs, drawn at random, instead of all.
         seed: Draws candidates, examples and bootstrap samples.
         cache: Folder that keeps vectors; a run that was stopped goes on from there.
+        contamination: What m2enc eval contamination found of this data, for the results to say.
         out: Folder to write the results into, a JSON file each.
         json: Print JSON instead of a table.
         on_error: Stop at missing or unreadable items, or leave them out (exit code 4).
@@ -75,7 +77,7 @@ def retrieval(
             if candidates is not None:
                 found = drawn_candidates(found, candidates, seed=seed)
             results.append(run_retrieval(encoder, found, gt=gt, running=running))
-        return _show(results, running, out=out, json=json)
+        return _show(results, running, contamination, out=out, json=json)
 
 
 def zero_shot(
@@ -89,6 +91,7 @@ def zero_shot(
     label: str | None = None,
     seed: int = 0,
     cache: Path | None = None,
+    contamination: Path | None = None,
     out: Path | None = None,
     json: bool = False,
     on_error: OnError = "raise",
@@ -108,6 +111,7 @@ def zero_shot(
         label: Key of the label in shards of labelled pictures.
         seed: Draws the bootstrap samples.
         cache: Folder that keeps vectors; a run that was stopped goes on from there.
+        contamination: What m2enc eval contamination found of this data, for the results to say.
         out: Folder to write the results into, a JSON file each.
         json: Print JSON instead of a table.
         on_error: Stop at missing or unreadable pictures, or leave them out (exit code 4).
@@ -124,7 +128,7 @@ def zero_shot(
         else:
             found = _classes(protocol, classes, templates, language)
             results = [_zero_shot_of(encoder, data, found, protocol, running, label=label)]
-        return _show(results, running, out=out, json=json)
+        return _show(results, running, contamination, out=out, json=json)
 
 
 def suite(
@@ -134,6 +138,7 @@ def suite(
     data: Path,
     cache: Path | None = None,
     seed: int = 0,
+    contamination: Path | None = None,
     out: Path | None = None,
     json: bool = False,
     on_error: OnError = "raise",
@@ -149,6 +154,7 @@ def suite(
         data: The folder that the suite's paths start from.
         cache: Folder that keeps vectors; a run that was stopped goes on from there.
         seed: Draws candidates, examples and bootstrap samples.
+        contamination: What m2enc eval contamination found of this data, for the results to say.
         out: Folder to write the results into, a JSON file each.
         json: Print JSON instead of a table.
         on_error: Stop at missing or unreadable items, or leave them out (exit code 4).
@@ -179,7 +185,7 @@ def suite(
                 if out is not None and running.is_first:  # what is done stays, whatever comes
                     for result in done:
                         result.save(out)
-        return _show(results, running, out=None, json=json, left_out=absent)
+        return _show(results, running, contamination, out=out, json=json, left_out=absent)
 
 
 def _languages_in(shards: Path) -> list[str | None]:
@@ -285,6 +291,7 @@ def _load(model: str, running: "Running") -> "Encoder":
 def _show(
     results: "Sequence[Result]",
     running: "Running",
+    contamination: Path | None,
     *,
     out: Path | None,
     json: bool,
@@ -292,6 +299,8 @@ def _show(
 ) -> int:
     """Write and print results in the first process; returns the exit code."""
     from m2encoder.encoder import BadItem
+    from m2encoder.eval.result_facts import note_contamination
+    from m2encoder.eval.results import load
     from m2encoder.eval.table import make_tables
     from m2encoder.eval.table_formats import to_markdown
 
@@ -302,5 +311,7 @@ def _show(
             skipped.setdefault(item, item)
     if not running.is_first:
         return 0
+    if contamination is not None:
+        results = note_contamination(results, load(contamination))
     tables = [] if json else [to_markdown(make_tables(results))]
     return finish(results, tables, [*skipped.values(), *left_out], out=out, json=json)

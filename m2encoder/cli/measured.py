@@ -90,7 +90,7 @@ def finish(
     paths = [] if out is None else [result.save(out) for result in results]
     if json:
         content = [result.to_json() for result in results]
-        print(dumps(content[0] if len(content) == 1 else content, ensure_ascii=False, indent=2))
+        print(dumps(content, ensure_ascii=False, indent=2))
     else:
         print("\n".join(tables))
         for path in paths:

@@ -55,7 +55,7 @@ class M2EncoderImageProcessor(ImageProcessingMixin):
     def to_pixels(self, image: Image.Image | np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
         """Return one picture as (3, S, S) float32 in 0..1. Alpha is dropped, EXIF ignored."""
         picture = image if isinstance(image, Image.Image) else Image.fromarray(image)
-        picture = picture.convert("RGB")
+        picture = picture if picture.mode == "RGB" else picture.convert("RGB")
         if self.resize_mode == "shortest":
             picture = resize_shortest_and_crop(picture, self.size_px)
         else:

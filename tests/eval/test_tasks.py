@@ -1,10 +1,12 @@
 """Whole tasks through the command line: data, protocol, model in; a result that says what it is."""
 
 import json
+from typing import Any
 
 import pytest
 from made_pictures import picture, put_lines, put_pictures
 
+from m2encoder.cli.contamination import contamination
 from m2encoder.cli.evaluate import retrieval, zero_shot
 from m2encoder.distributed import World
 from m2encoder.errors import ConfigError, DataError
@@ -75,7 +77,8 @@ def test_an_unreadable_picture_stops_or_is_left_out_with_its_captions(
 
 def test_equal_captions_count_by_string_where_asked(model, captions, tmp_path):
     found = {}
-    for gt in ("index", "string", "m2"):
+    modes: tuple[Any, ...] = ("index", "string", "m2")
+    for gt in modes:
         assert retrieval(model, captions, gt=gt, out=tmp_path / gt) == 0
         result = one_result(tmp_path / gt)
         assert result.settings["gt"] == gt
@@ -132,6 +135,20 @@ def test_candidates_are_drawn_by_the_seed_and_make_another_data_set(captions):
     assert any("3 of 5 pictures, drawn by seed 1" in note for note in some.protocol.notes)
 
 
+def test_a_result_says_what_was_found_of_its_data_in_training(model, tiny_shards, tmp_path):
+    test = tiny_shards / "test"
+    train = [tiny_shards / "train", test]  # of which the second is the test set itself
+    assert contamination(train=train, test=test, out=tmp_path / "found") == 0
+    [checked] = (tmp_path / "found").glob("*.json")
+    out = tmp_path / "results"
+    assert retrieval(model, test, contamination=checked, out=out) == 0
+    for result in load_many([out]):
+        assert result.contamination["checked"] is True
+        assert result.contamination["hits"] == result.data["images"]
+    with pytest.raises(DataError, match="was checked, but"):
+        retrieval(model, tiny_shards / "val", contamination=checked)
+
+
 def ranks_of_rank(rank, world_size, model, path):
     running = Running(world=World(rank, world_size), batch_size=2)
     result = run_retrieval(load_model(model, device="cpu"), read_retrieval(path), running=running)
@@ -170,6 +187,6 @@ def test_classes_and_pictures_of_another_count_are_refused(model, tmp_path):
         put_pictures(tmp_path / label, ["a.png", "b.png"])
     names = tmp_path / "names.json"
     names.write_text(json.dumps({"names": ["飞机", "汽车"], "templates": ["一张{}的照片"]}))
-    options = {"protocol": "cifar10/zh", "classes": str(names)}
+    options: dict[str, Any] = {"protocol": "cifar10/zh", "classes": str(names)}
     with pytest.raises(DataError, match="cifar10/zh: "):
         zero_shot(model, tmp_path, **options)

@@ -1,0 +1,133 @@
+"""Exact ranks against the definition, whichever screen and tile; the screens' bounds.
+
+Not for recall and its metrics (test_retrieval.py).
+"""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from retrieval_cases import as_tuples, owned, small_cases, true_ranks, true_scores, unit_case
+
+from m2encoder.eval import exact_ranks as module
+from m2encoder.eval.exact_ranks import exact_ranks
+from m2encoder.eval.retrieval import retrieval_ranks
+from m2encoder.eval.right_answers import right_pairs
+from m2encoder.eval.screens import Bfloat16Screen, Float32Screen, measured
+
+SCREENS = {"bfloat16": [Bfloat16Screen], "float32": [], "both": [Bfloat16Screen, Float32Screen]}
+
+
+def ranks_of(image, text, owner, **options):
+    return exact_ranks(image, text, right_pairs(owner), **options)
+
+
+@pytest.fixture
+def never_enough(monkeypatch):
+    """Screens that decide nothing, so that every tile is counted in float64."""
+    monkeypatch.setattr(module, "OPEN_SHARE", -1.0)
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    case=small_cases(),
+    tile=st.tuples(st.integers(1, 13), st.integers(1, 19)),
+    coarse=st.sampled_from(sorted(SCREENS)),
+)
+def test_every_screen_and_tile_gives_the_ranks_of_the_definition(case, tile, coarse):
+    image, text, owner = case
+    scores, right = true_scores(image, text), owned(owner, len(image))
+    ranks = ranks_of(image, text, owner, tile=tile, coarse=SCREENS[coarse])
+    assert as_tuples(ranks.i2t) == true_ranks(scores, right)
+    assert as_tuples(ranks.t2i) == true_ranks(scores.T, right.T)
+
+
+@pytest.mark.usefixtures("never_enough")
+@pytest.mark.parametrize("distinct", [None, 1, 7])
+def test_counting_in_float64_gives_the_ranks_of_the_definition(distinct):
+    image, text, owner = unit_case(5, 23, 61, dim=19, distinct=distinct)
+    scores, right = true_scores(image, text), owned(owner, len(image))
+    ranks = ranks_of(image, text, owner, tile=(10, 24))
+    assert as_tuples(ranks.i2t) == true_ranks(scores, right)
+    assert as_tuples(ranks.t2i) == true_ranks(scores.T, right.T)
+
+
+@pytest.mark.parametrize("distinct", [None, 40, 1])
+@pytest.mark.parametrize("coarse", ["bfloat16", "float32"])
+def test_wide_vectors_rank_alike_in_tiles_of_any_size(coarse, distinct):
+    """Tiles that hold everything take other paths through a matrix product than small ones."""
+    image, text, owner = unit_case(3, 300, 700, dim=768, distinct=distinct)
+    whole = ranks_of(image, text, owner, coarse=SCREENS[coarse])
+    parts = ranks_of(image, text, owner, tile=(37, 101), coarse=[])
+    assert all(np.array_equal(*pair) for pair in zip(whole.i2t, parts.i2t, strict=True))
+    assert all(np.array_equal(*pair) for pair in zip(whole.t2i, parts.t2i, strict=True))
+
+
+@pytest.mark.parametrize("screen", [Float32Screen, Bfloat16Screen])
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("scale", [1.0, 1e-3, 1e-18, 1e9])
+@pytest.mark.parametrize("width", [1, 7, 64, 768])
+def test_what_a_screen_is_sure_of_is_so(screen, dtype, scale, width):
+    rng = np.random.default_rng(width)
+    image = (scale * rng.standard_normal((41, width))).astype(dtype)
+    text = rng.standard_normal((53, width)).astype(dtype)
+    scores = (image.astype(np.float64) @ text.astype(np.float64).T).astype(np.float32)
+    for best in np.quantile(scores, [0.0, 0.2, 0.5, 0.9, 1.0]):
+        sides = (np.full(41, best), np.full(53, best))
+        screened = screen(measured(image), measured(text), *sides)
+        for texts, images in (
+            (slice(0, 53), slice(0, 41)),
+            (slice(0, 53), slice(40, 41)),
+            (slice(52, 53), slice(3, 20)),
+        ):
+            keys, exact = screened.keys(texts, images), scores.T[texts, images]
+            for edges, queries in (
+                (screened.text_edges, (texts, None)),
+                (screened.image_edges, (None, images)),
+            ):
+                assert np.all(exact[keys < edges.low[queries]] < best)
+                assert np.all(exact[keys > edges.high[queries]] > best)
+
+
+def test_a_screen_leaves_little_open():
+    """Otherwise it would be right and useless."""
+    image, text, owner = unit_case(8, 200, 400, dim=256)
+    scores, wrong = image @ text.T, ~owned(owner, 200)
+    best = np.full(200, 0.2), scores[owner, np.arange(400)].astype(np.float64)
+    for screen, most in ((Float32Screen, 1e-3), (Bfloat16Screen, 0.1)):
+        screened = screen(measured(image), measured(text), *best)
+        keys = screened.keys(slice(0, 400), slice(0, 200)).T
+        edges = screened.text_edges
+        is_open = (keys >= edges.low) & (keys <= edges.high)
+        assert np.mean(is_open[wrong]) < most
+
+
+def test_no_setting_of_torch_makes_the_fine_screen_less_precise():
+    image, text, owner = unit_case(9, 64, 128, dim=64)
+    scores, right = true_scores(image, text), owned(owner, len(image))
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium")
+    try:
+        ranks = ranks_of(image, text, owner, coarse=[])
+    finally:
+        torch.set_float32_matmul_precision(before)
+    assert as_tuples(ranks.t2i) == true_ranks(scores.T, right.T)
+
+
+def test_zero_vectors_tie_with_each_other():
+    image, text = np.zeros((6, 5), np.float32), np.zeros((9, 5), np.float32)
+    ranks = retrieval_ranks(image, text, np.arange(9) % 6)
+    assert ranks.t2i.tied.tolist() == [5] * 9
+    assert ranks.i2t.tied.tolist() == [7, 7, 7, 8, 8, 8]
+
+
+def test_equal_vectors_tie_at_any_place():
+    """In float32 a matrix product may give the last column of a tile another last digit."""
+    places = [3, 17, 500, 1000]
+    image, text, _ = unit_case(2, 1001, 1001, dim=301)
+    text[places] = text[3]
+    ranks = retrieval_ranks(image, text, np.arange(1001))
+    assert np.flatnonzero(ranks.i2t.tied).tolist() == places
+    assert ranks.i2t.tied[places].tolist() == [3, 3, 3, 3]
+    assert not ranks.t2i.tied.any()
