@@ -355,7 +355,8 @@ def test_command_prints_json_and_returns_4_where_pictures_are_left_out(
     write_shards(pairs, tmp_path)
     assert contamination(train=[scenes / "test"], test=tmp_path, json=True) == 4
     shown = capsys.readouterr()
-    assert json.loads(shown.out)["metrics"]["image_share"]["value"] == 1
+    [result] = json.loads(shown.out)
+    assert result["metrics"]["image_share"]["value"] == 1
     assert "坏" in shown.err
 
 

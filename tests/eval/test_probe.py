@@ -319,7 +319,7 @@ def test_command_probes_linearly_and_reads_class_folders(
                 path.write_bytes(pair.image)
     model = str(tiny_model_folder)
     assert probe(model, train=tmp_path / "train", test=tmp_path / "val", json=True) == 0
-    shown = json.loads(capsys.readouterr().out)
+    [shown] = json.loads(capsys.readouterr().out)
     assert {each["name"] for each in shown["details"]["classes"]} == set(names.values())
     assert shown["protocol"]["status"] == "custom"
 
@@ -328,7 +328,8 @@ def test_stored_vectors_give_the_same_result(command, tmp_path, capsys):
     results = []
     for _ in range(2):
         assert command(method="knn", json=True, store=tmp_path / "vectors") == 0
-        results.append(json.loads(capsys.readouterr().out)["metrics"])
+        [result] = json.loads(capsys.readouterr().out)
+        results.append(result["metrics"])
     assert results[0] == results[1]
     assert any((tmp_path / "vectors").iterdir())
 
