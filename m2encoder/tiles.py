@@ -138,9 +138,7 @@ def sigmoid_extents(block: Block, bias: Tensor) -> tuple[Extent, Extent, Tensor]
     dtype = torch.promote_types(rows.dtype, torch.float32)
     positives = rows.new_empty(block.own[2], dtype=dtype)
     row, column = (
-        Extent(
-            rows.new_zeros(n, dtype=torch.float64), rows.new_full((n,), -torch.inf, dtype=dtype)
-        )
+        Extent(rows.new_zeros(n, dtype=torch.float64), rows.new_full((n,), -torch.inf, dtype=dtype))
         for n in (len(rows), len(columns))
     )
     for i, j, sim in tiles(block, positives):

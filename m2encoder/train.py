@@ -48,8 +48,9 @@ def pretrain(
     process calls them at the same time, so that they can share the work.
     world: the processes that train together, each calling this with its share of the stream; None
     for this one alone. The first one writes metrics.jsonl and checkpoints/ in cfg.out, from where
-    all resume: step n after a resume equals step n of a run that never stopped, to the bit. Raises DataError when too many pairs are unusable, CheckpointError when the
-    folder's checkpoint does not fit, M2EncoderError on features or a loss that are not finite.
+    all resume: step n after a resume equals step n of a run that never stopped, to the bit.
+    Raises DataError when too many pairs are unusable, CheckpointError when the folder's checkpoint
+    does not fit, M2EncoderError on features or a loss that are not finite.
     """
     # --- setup ---
     model, out = encoder.model, Path(cfg.out)

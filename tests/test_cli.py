@@ -68,10 +68,8 @@ def test_every_option_of_pretrain_has_an_explanation(capsys):
     m2enc("pretrain", "--help")
     shown = re.sub(r"\s+", " ", capsys.readouterr().out)
     assert "--optim.warmup-steps WARMUP_STEPS Optimizer steps of linear warmup. (type: int" in shown
-    assert (
-        "--data.batch-size BATCH_SIZE Pairs per optimizer step, of all processes together. (type: int"
-        in shown
-    )
+    about_batch = "Pairs per optimizer step, of all processes together. (type: int"
+    assert f"--data.batch-size BATCH_SIZE {about_batch}" in shown
     assert "--model.patch-stem {linear,conv} linear: one convolution of patch size" in shown
 
 
