@@ -47,8 +47,9 @@ test: $(VENV)/.stamp $(PEERS)/.stamp
 test-consumers: $(VENV)/.stamp $(TF4)/.stamp $(TF5)/.stamp
 	M2ENC_CONSUMERS=$(TF4):$(TF5) $(BIN)/python -m pytest -q tests/test_consumers.py tests/test_card.py
 
-test-slow: $(VENV)/.stamp
+test-slow: $(VENV)/.stamp $(PEERS)/.stamp
 	$(BIN)/python -m pytest -q -m "$(SLOW)" tests
+	$(PEERS_BIN)/python -m pytest -q -m "$(SLOW)" tests/peers
 
 check: $(VENV)/.stamp
 	$(BIN)/ruff format --check .
