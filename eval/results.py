@@ -158,7 +158,7 @@ def load_many(paths: Sequence[Path], *, with_ranks: bool = False) -> list[Result
     """
     found: dict[Path, Path] = {}
     for path in paths:
-        files = [path]
+        files = [path.with_suffix(".json") if path.suffix == ".npz" else path]  # ranks beside it
         if path.is_dir():
             files = [each for each in sorted(path.rglob("*.json")) if _is_result(each)]
         if not files:

@@ -63,13 +63,18 @@ class Running:
 
 
 def run_retrieval(
-    encoder: Encoder, data: RetrievalData, *, gt: GroundTruth = "index", running: Running
+    encoder: Encoder,
+    data: RetrievalData,
+    *,
+    gt: GroundTruth = "index",
+    candidates: int | None = None,
+    running: Running,
 ) -> Result:
     """Measure how well pictures and captions find each other.
 
     The directions are the protocol's, both if it has none. Pictures that cannot be read are left
     out with their captions where `running` says so, and the protocol then no longer counts as
-    verified. Raises DataError.
+    verified. candidates: what `drawn_candidates` drew, for the result to say. Raises DataError.
     """
     began = time.perf_counter()
     images = _encode_pictures(encoder, data.pictures, running)
@@ -97,7 +102,7 @@ def run_retrieval(
         "retrieval",
         DataFacts(protocol.facts(), facts, data.language),
         output,
-        settings={"gt": gt, "seed": running.seed},
+        settings={"gt": gt, "candidates": candidates, "seed": running.seed},
         seconds=_seconds(began, embedded),
         precision=running.precision,
     )

@@ -29,7 +29,7 @@ def padded(text: str, width: int, *, right: bool = False) -> str:
 def escaped(text: str) -> str:
     """Return plain text that Markdown shows as it is, on one line."""
     text = " ".join(text.split())
-    text = text.replace("&", "&amp;").replace("<", "&lt;")
+    text = re.sub(r"<(?=[A-Za-z/!?])", "&lt;", text.replace("&", "&amp;"))  # not of "<0.001"
     return re.sub(r"([\\|*`\[\]~])", r"\\\1", text)
 
 

@@ -76,7 +76,8 @@ def retrieval(
             )
             if candidates is not None:
                 found = drawn_candidates(found, candidates, seed=seed)
-            results.append(run_retrieval(encoder, found, gt=gt, running=running))
+            done = run_retrieval(encoder, found, gt=gt, candidates=candidates, running=running)
+            results.append(done)
         return _show(results, running, contamination, out=out, json=json)
 
 
@@ -300,7 +301,7 @@ def _show(
     """Write and print results in the first process; returns the exit code."""
     from m2encoder.encoder import BadItem
     from m2encoder.eval.result_facts import note_contamination
-    from m2encoder.eval.results import load
+    from m2encoder.eval.results import load_many
     from m2encoder.eval.table import make_tables
     from m2encoder.eval.table_formats import to_markdown
 
@@ -312,6 +313,7 @@ def _show(
     if not running.is_first:
         return 0
     if contamination is not None:
-        results = note_contamination(results, load(contamination))
+        for checked in load_many([contamination]):
+            results = note_contamination(results, checked)
     tables = [] if json else [to_markdown(make_tables(results))]
     return finish(results, tables, [*skipped.values(), *left_out], out=out, json=json)

@@ -7,7 +7,7 @@ from json import dumps
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from m2encoder.cli.search import describe_changes, load_remembered, report_skipped
+from m2encoder.cli.search import OWN_INDEX, describe_changes, load_remembered, report_skipped
 
 if TYPE_CHECKING:
     from m2encoder.index import ImageIndex
@@ -55,11 +55,12 @@ def info(folder: Path, *, json: bool = False) -> int:
     """Describe an index: what is in it, how it is searched, and what that finds.
 
     Args:
-        folder: An index.
+        folder: An index, or a picture folder that was searched.
         json: Print JSON instead of a table.
     """
     from m2encoder.index import ImageIndex, VectorMaker, read_meta
 
+    folder = _place(folder)
     said = read_meta(folder)
     maker = VectorMaker(said.model, said.model_fingerprint, said.dim)
     with ImageIndex.open(folder, encoder=maker) as opened:
@@ -80,13 +81,14 @@ def update(
     """Bring an index to the state of its source: embed what is new or changed, drop what is gone.
 
     Args:
-        folder: An index.
+        folder: An index, or a picture folder that was searched.
         model: The model folder; by default the one that the index remembers.
         batch_size: Pictures at a time.
         device: Where to compute: auto, cpu, cuda, ...
     """
     from m2encoder.index import read_meta, update_index
 
+    folder = _place(folder)
     encoder = load_remembered(model, read_meta(folder), folder, device)
     changes = update_index(encoder, folder, batch_size=batch_size)
     print(f"{folder}: {describe_changes(changes)}")
@@ -106,6 +108,7 @@ def add(
     """
     from m2encoder.index import add_pictures, read_meta
 
+    folder = _place(folder)
     encoder = load_remembered(model, read_meta(folder), folder, device)
     changes = add_pictures(encoder, folder, pictures)
     print(f"{folder}: {describe_changes(changes)}")
@@ -116,14 +119,23 @@ def remove(folder: Path, names: list[str]) -> int:
     """Take pictures out of an index, also from later updates; the files stay.
 
     Args:
-        folder: An index.
+        folder: An index, or a picture folder that was searched.
         names: Names as the search shows them below the indexed folder, or patterns: 'trips/*'.
     """
     from m2encoder.index import remove_pictures
 
+    folder = _place(folder)
     changes = remove_pictures(folder, names)
     print(f"{folder}: {describe_changes(changes)}")
     return 0
+
+
+def _place(folder: Path) -> Path:
+    """Return an index, or that which searching a picture folder has made inside it."""
+    from m2encoder.index import is_index
+
+    own = folder / OWN_INDEX
+    return own if not is_index(folder) and is_index(own) else folder
 
 
 def _searched(index: "ImageIndex") -> str:

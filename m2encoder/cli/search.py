@@ -15,7 +15,7 @@ from m2encoder.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
     from m2encoder.encoder import BadItem, Encoder
-    from m2encoder.index import ImageIndex, IndexMeta
+    from m2encoder.index import Hit, ImageIndex, IndexMeta
     from m2encoder.index_query import Term
 
 logger = logging.getLogger(__name__)
@@ -94,27 +94,30 @@ def search(
     opened, encoder, is_new = open_for_search(folder, model, device=device)
     hits = opened.search(encode_terms(encoder, terms), k, where=where or ())[0]
     threshold = _threshold(encoder, terms)
-    rows = [
-        {
-            "rank": rank,
-            "score": hit.score,
-            "name": hit.name,
-            "path": None if hit.path is None else str(hit.path),
-            "id": hit.id,
-            "date": hit.date,
-            "meta": hit.meta,
-            "match": None if threshold is None else hit.score >= threshold,
-        }
-        for rank, hit in enumerate(hits, 1)
-    ]
+    rows = [_row(rank, hit, threshold) for rank, hit in enumerate(hits, 1)]
+    found = {"query": query, "threshold": threshold, "hits": rows}
     if json or output == "json":
-        found = {"query": query, "threshold": threshold, "hits": rows}
         print(dumps(found, ensure_ascii=False, indent=2))
     else:
         _print_rows(rows, output)
-    if rows and not any(row["match"] is not False for row in rows):
+    if not rows:
+        print("nothing found: no picture meets the conditions", file=sys.stderr)
+    elif all(row["match"] is False for row in rows):
         print(f"no match: every picture scores below {threshold:.3f}", file=sys.stderr)
     return report_skipped(opened.skipped) if is_new else 0
+
+
+def _row(rank: int, hit: "Hit", threshold: float | None) -> dict[str, Any]:
+    return {
+        "rank": rank,
+        "score": hit.score,
+        "name": hit.name,
+        "path": None if hit.path is None else str(hit.path),
+        "id": hit.id,
+        "date": hit.date,
+        "meta": hit.meta,
+        "match": None if threshold is None else hit.score >= threshold,
+    }
 
 
 def _threshold(encoder: "Encoder", terms: "Sequence[Term]") -> float | None:
