@@ -72,22 +72,29 @@ def released_script(image: Any, text: Any, owner: Any) -> Recalls:
     is_right[owner, np.arange(len(text))] = 1
     text_is_right = np.zeros((len(text), len(image)))
     text_is_right[np.arange(len(text)), owner] = 1
-    recalls = []
-    for query, gallery, right in ((image, text, is_right), (text, image, text_is_right)):
-        order = np.argsort(-(query @ gallery.T), axis=1)
-        found = np.zeros((len(query), max(KS)))
-        for i in range(len(query)):
-            for place in range(max(KS)):
-                if right[i][order[i][place]] == 1:
-                    found[i][place] = 1
-        found = np.cumsum(found, axis=1)
-        hits = [0] * max(KS)
-        for i in range(len(query)):
-            for place in range(max(KS)):
-                if found[i][place] > 0:
-                    hits[place] += 1
-        recalls += [100 * hits[k - 1] / len(query) for k in KS]
-    return recalls
+    text_scores = text @ image.T
+    text_order = np.argsort(-text_scores, axis=1)
+    image_scores = image @ text.T
+    image_order = np.argsort(-image_scores, axis=1)
+    return [
+        *_looked_up(image_order, is_right),
+        *_looked_up(text_order, text_is_right),
+    ]
+
+
+def _looked_up(order: Any, right: Any) -> Recalls:
+    found = np.zeros((len(order), max(KS)))
+    for i in range(len(order)):
+        for place in range(max(KS)):
+            if right[i][order[i][place]] == 1:
+                found[i][place] = 1
+    found = np.cumsum(found, axis=1)
+    hits = [0] * max(KS)
+    for i in range(len(order)):
+        for place in range(max(KS)):
+            if found[i][place] > 0:
+                hits[place] += 1
+    return [100 * hits[k - 1] / len(order) for k in KS]
 
 
 def clip_benchmark(image: Any, text: Any, owner: Any) -> Recalls:

@@ -35,12 +35,12 @@ OPEN_SHARE = 1 / 256
 """Of a tile's pairs; beyond it a finer screen costs less than computing them one by one."""
 TRIES = 4
 """Tiles after which a screen may be found to be of no use."""
-PAIRS = 128
+PAIRS = 64
 """Pairs computed together, few enough for a fast cache."""
 OWN = 4096
 """Right pairs computed by one worker at a time."""
 WORKERS = 8
-"""The most tiles at once; a worker for each of torch's threads, and each takes some 30 MB."""
+"""The most tiles at once. There is a worker for each of torch's threads; each takes some 30 MB."""
 
 Ints = NDArray[np.int64]
 Scores = NDArray[np.float32]
@@ -221,18 +221,19 @@ class _Work:
     ) -> tuple[_Counts, _Counts]:
         """Return what is known of both sides of a tile and what the pairs left open add to it."""
         total = []
-        for axis, (counts, (row, column)) in enumerate(zip(known, pairs, strict=True)):
+        for axis, (counts, places) in enumerate(zip(known, pairs, strict=True)):
             side, queries = ((self.texts, texts), (self.images, images))[axis]
-            edges = (self.fine.text_edges, self.fine.image_edges)[axis]
-            text, image = row + texts.start, column + images.start
-            query = (text, image)[axis]
-            keys = self.fine.pair_keys(texts, images, (row, column))
-            above = query[keys > edges.high[query]] - queries.start
-            still = (keys >= edges.low[query]) & (keys <= edges.high[query])
-            scores = self.scores(image[still], text[still])
-            found = side.compared(query[still], scores, queries)
-            above = np.bincount(above, minlength=len(counts.above))
-            total.append(_Counts(counts.above + found.above + above, counts.tied + found.tied))
+            above = counts.above
+            if len(places[axis]) > PAIRS:
+                edges = (self.fine.text_edges, self.fine.image_edges)[axis]
+                low, high = (edge[queries][places[axis]] for edge in edges)
+                keys = self.fine.pair_keys(texts, images, places)
+                above = above + np.bincount(places[axis][keys > high], minlength=len(above))
+                still = (keys >= low) & (keys <= high)
+                places = places[0][still], places[1][still]
+            scores = self.scores(places[1] + images.start, places[0] + texts.start)
+            found = side.compared(places[axis] + queries.start, scores, queries)
+            total.append(_Counts(above + found.above, counts.tied + found.tied))
         return total[0], total[1]
 
     def _count_in_float64(

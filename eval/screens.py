@@ -20,8 +20,10 @@ from m2encoder.errors import DataError
 
 Floats = NDArray[np.float64]
 Map = Callable[[Callable[[slice], Any], list[slice]], Iterable[Any]]
-ROWS = 1024
-"""Vectors measured and rounded together: a few MB."""
+ROWS = 2048
+"""Vectors that one worker measures and rounds at a time."""
+FEW = 128
+"""Vectors rounded together, few enough for a fast cache."""
 LONGEST = 1e15
 """The longest vector whose products float32 surely holds."""
 UNDERFLOW = 2.0**-120
@@ -82,9 +84,13 @@ def _parts(count: int) -> list[slice]:
 
 
 def _lengths(values: torch.Tensor) -> Floats:
-    """Return (N,) lengths or a little more: a sum of D squares may be off by D * 2 ** -24."""
-    lengths = torch.linalg.vector_norm(values, dim=1).double().numpy()
-    return lengths * (1 + values.shape[1] * 2.0**-23) + UNDERFLOW
+    """Return (N,) lengths or a little more."""
+    return _overstated(torch.linalg.vector_norm(values, dim=1), values.shape[1])
+
+
+def _overstated(lengths: torch.Tensor, width: int) -> Floats:
+    """Return lengths that are not too small: a sum of D squares may be off by D * 2 ** -24."""
+    return lengths.double().numpy() * (1 + width * 2.0**-23) + UNDERFLOW
 
 
 @dataclass(frozen=True)
@@ -105,10 +111,15 @@ def _rounded(vectors: Vectors, dtype: torch.dtype, each: Map) -> _Rounded:
     rounded = torch.empty(values.shape, dtype=dtype)
 
     def round_part(part: slice) -> Floats:
-        rounded[part] = values[part]
-        away = rounded[part].to(values.dtype)
-        away -= values[part]
-        return _lengths(away)
+        few_values, few_rounded = values[part].split(FEW), rounded[part].split(FEW)
+        lost = torch.empty(len(values[part]), dtype=values.dtype)
+        buffer = torch.empty((FEW, values.shape[1]), dtype=values.dtype)
+        for before, after, length in zip(few_values, few_rounded, lost.split(FEW), strict=True):
+            after.copy_(before)
+            away = buffer[: len(before)]
+            away.copy_(after)
+            torch.linalg.vector_norm(away.sub_(before), dim=1, out=length)
+        return _overstated(lost, values.shape[1])
 
     lost = np.concatenate(list(each(round_part, _parts(len(values)))))
     return _Rounded(rounded, vectors.norms + lost, lost)

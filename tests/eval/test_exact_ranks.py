@@ -3,6 +3,8 @@
 Not for recall and its metrics (test_retrieval.py).
 """
 
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 import pytest
 import torch
@@ -113,6 +115,21 @@ def test_no_setting_of_torch_makes_the_fine_screen_less_precise():
     finally:
         torch.set_float32_matmul_precision(before)
     assert as_tuples(ranks.t2i) == true_ranks(scores.T, right.T)
+
+
+def test_torchs_threads_are_as_they_were():
+    image, text, owner = unit_case(9, 20, 30)
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        ranks_of(image, text, owner)
+        with ThreadPoolExecutor(1) as another:
+            assert (torch.get_num_threads(), another.submit(torch.get_num_threads).result()) == (
+                3,
+                3,
+            )
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_zero_vectors_tie_with_each_other():
