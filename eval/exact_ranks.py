@@ -29,7 +29,7 @@ from m2encoder.eval.screens import (
 )
 from m2encoder.ranks import Ranks
 
-TILE = (2048, 1024)
+TILE = (4096, 1024)
 """Texts and images of a tile."""
 OPEN_SHARE = 1 / 256
 """Of a tile's pairs; beyond it a finer screen costs less than computing them one by one."""
@@ -40,12 +40,12 @@ PAIRS = 64
 OWN = 4096
 """Right pairs computed by one worker at a time."""
 WORKERS = 8
-"""The most tiles at once. There is a worker for each of torch's threads; each takes some 30 MB."""
+"""The most tiles at once. There is a worker for each of torch's threads; each takes some 50 MB."""
 
 Ints = NDArray[np.int64]
 Scores = NDArray[np.float32]
 Pairs = tuple[Ints, Ints]
-"""Texts and images."""
+"""Rows and columns."""
 
 
 class BothRanks(NamedTuple):
@@ -199,8 +199,8 @@ class _Work:
             keys = screen.keys(texts, images)
             keys[right] = screen.lowest
             sides = (
-                _Screened(keys, screen.text_edges, texts, axis=1),
-                _Screened(keys, screen.image_edges, images, axis=0),
+                _Screened(keys, screen.text_edges, texts, axis=0),
+                _Screened(keys, screen.image_edges, images, axis=1),
             )
             is_vain = sum(side.num_open for side in sides) > OPEN_SHARE * keys.size
             in_vain.append(is_vain)
@@ -219,20 +219,23 @@ class _Work:
     def _with_open(
         self, known: list[_Counts], pairs: list[Pairs], texts: slice, images: slice
     ) -> tuple[_Counts, _Counts]:
-        """Return what is known of both sides of a tile and what the pairs left open add to it."""
+        """Return what is known of both sides of a tile and what the pairs left open add to it.
+
+        pairs: for each side (queries, candidates), in the order of the queries.
+        """
         total = []
-        for axis, (counts, places) in enumerate(zip(known, pairs, strict=True)):
+        for axis, (counts, (query, candidate)) in enumerate(zip(known, pairs, strict=True)):
             side, queries = ((self.texts, texts), (self.images, images))[axis]
             above = counts.above
-            if len(places[axis]) > PAIRS:
-                edges = (self.fine.text_edges, self.fine.image_edges)[axis]
-                low, high = (edge[queries][places[axis]] for edge in edges)
-                keys = self.fine.pair_keys(texts, images, places)
-                above = above + np.bincount(places[axis][keys > high], minlength=len(above))
-                still = (keys >= low) & (keys <= high)
-                places = places[0][still], places[1][still]
-            scores = self.scores(places[1] + images.start, places[0] + texts.start)
-            found = side.compared(places[axis] + queries.start, scores, queries)
+            if len(query) > PAIRS:
+                keys, edges = self.fine.pair_keys(texts, images, (query, candidate), axis)
+                is_above = keys > edges.high
+                above = above + np.bincount(query[is_above], minlength=len(above))
+                still = (keys >= edges.low) & ~is_above
+                query, candidate = query[still], candidate[still]
+            text, image = (query, candidate) if axis == 0 else (candidate, query)
+            scores = self.scores(image + images.start, text + texts.start)
+            found = side.compared(query + queries.start, scores, queries)
             total.append(_Counts(above + found.above, counts.tied + found.tied))
         return total[0], total[1]
 
@@ -247,29 +250,32 @@ class _Work:
         low, high = (products - error).astype(np.float32), (products + error).astype(np.float32)
         low[right] = high[right] = -np.inf
         known, pairs = [], []
-        for axis, side, queries in ((1, self.texts, texts), (0, self.images, images)):
-            best = np.expand_dims(side.best[queries], axis)
-            above, tied = low > best, (low == best) & (high == best)
-            known.append(_Counts(above.sum(axis=axis), tied.sum(axis=axis)))
-            pairs.append(np.nonzero((high >= best) & ~above & ~tied))
+        for side, queries, lows, highs in (
+            (self.texts, texts, low, high),
+            (self.images, images, low.T, high.T),
+        ):
+            best = side.best[queries, None]
+            above, tied = lows > best, (lows == best) & (highs == best)
+            known.append(_Counts(above.sum(axis=1), tied.sum(axis=1)))
+            pairs.append(np.nonzero((highs >= best) & ~above & ~tied))
         return self._with_open(known, pairs, texts, images)
 
 
 class _Screened:
-    """What a screen says about one side of a tile; `axis` is that of the candidates."""
+    """What a screen says about one side of a tile; `axis` is that of the queries."""
 
     def __init__(self, keys: NDArray[Any], edges: Edges, queries: slice, axis: int) -> None:
         low, high = edges.low[queries], edges.high[queries]
-        self.num_queries, self.axis = len(low), axis
+        self.num_queries = len(low)
         # Most queries have no candidate in a tile that comes near their best right answer.
-        self.queries = np.flatnonzero(keys.max(axis=axis) >= low)
-        near = keys.take(self.queries, axis=1 - axis)
-        shape = (-1, 1) if axis == 1 else (1, -1)
-        is_above = near > high[self.queries].reshape(shape)
-        self.is_open = near >= low[self.queries].reshape(shape)
+        self.queries = np.flatnonzero(keys.max(axis=1 - axis) >= low)
+        near = keys.take(self.queries, axis=axis)
+        near = near if axis == 0 else np.ascontiguousarray(near.T)  # a row for each query
+        is_above = near > high[self.queries, None]
+        self.is_open = near >= low[self.queries, None]
         self.is_open ^= is_above
         self.num_open = np.count_nonzero(self.is_open)
-        self.surely_above = _count(is_above, axis)
+        self.surely_above = _count_in_rows(is_above)
 
     def counts(self) -> _Counts:
         """Return what is sure."""
@@ -278,28 +284,21 @@ class _Screened:
         return _Counts(above, np.zeros(self.num_queries, np.int64))
 
     def open_pairs(self) -> Pairs:
-        """Return the pairs between the edges, by their places in the tile."""
-        places = list(np.divmod(np.flatnonzero(self.is_open), self.is_open.shape[1]))
-        places[1 - self.axis] = self.queries[places[1 - self.axis]]
-        return places[0], places[1]
+        """Return queries and candidates of the pairs between the edges, by places in the tile."""
+        row, candidate = np.divmod(np.flatnonzero(self.is_open), self.is_open.shape[1])
+        return self.queries[row], candidate
 
 
-def _count(answers: NDArray[np.bool_], axis: int) -> Ints:
-    """Count along an axis of answers (n, m), ten times faster than np.count_nonzero does.
+def _count_in_rows(answers: NDArray[np.bool_]) -> Ints:
+    """Count in each row of answers, ten times faster than np.count_nonzero does.
 
-    Answers are bytes of 0 or 1; up to 255 of them are added in a byte. Along rows eight bytes are
-    added as one word.
+    Eight answers, bytes of 0 or 1, are added as one word, up to 255 words before a byte is full.
     """
-    n, m = answers.shape
-    if axis == 0:
-        parts = [answers[start : start + 255].view(np.uint8) for start in range(0, n, 255)]
-        sums = [np.add.reduce(part, axis=0, dtype=np.uint8) for part in parts]
-        return np.stack(sums).sum(axis=0, dtype=np.int64) if sums else np.zeros(m, np.int64)
-    if m % 8:
-        answers = np.pad(answers, ((0, 0), (0, -m % 8)))
+    if answers.shape[1] % 8:
+        answers = np.pad(answers, ((0, 0), (0, -answers.shape[1] % 8)))
     words = answers.view(np.uint64)
-    counts = np.zeros(n, np.int64)
+    counts = np.zeros(len(words), np.int64)
     for start in range(0, words.shape[1], 255):
         sums = np.add.reduce(words[:, start : start + 255], axis=1)
-        counts += sums.view(np.uint8).reshape(n, 8).sum(axis=1, dtype=np.int64)
+        counts += sums.view(np.uint8).reshape(-1, 8).sum(axis=1, dtype=np.int64)
     return counts

@@ -48,6 +48,8 @@ def right_pairs(
     if gt != "index" and len(texts) != len(owner_T):
         raise ValueError(f"{len(texts):,} texts for {len(owner_T):,} owners, expected one for each")
     more = np.asarray(also, np.int64).reshape(-1, 2)
+    if gt == "index" and not len(more):
+        return RightPairs(owner_T, np.arange(len(owner_T)), np.ones(len(owner_T), bool))
     text = np.concatenate([np.arange(len(owner_T)), more[:, 0]])
     image = np.concatenate([owner_T, more[:, 1]])
     group_T = np.arange(len(owner_T)) if gt == "index" else _groups(texts)

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from m2encoder.errors import DataError
 
 Floats = NDArray[np.float64]
+Ints = NDArray[np.int64]
 Map = Callable[[Callable[[slice], Any], list[slice]], Iterable[Any]]
 ROWS = 2048
 """Vectors that one worker measures and rounds at a time."""
@@ -184,17 +185,21 @@ class Float32Screen(Screen):
         return self.text.values[texts].numpy() @ self.image.values[images].numpy().T
 
     def pair_keys(
-        self, texts: slice, images: slice, pairs: tuple[NDArray[np.int64], NDArray[np.int64]]
-    ) -> NDArray[np.float32]:
-        """Return (P,) products of single pairs of a tile, (text, image), which have these edges.
+        self, texts: slice, images: slice, pairs: tuple[Ints, Ints], axis: int
+    ) -> tuple[NDArray[np.float32], Edges]:
+        """Return products of single pairs of a tile, (P,), and the edges of each pair's query.
 
-        The pairs must be in order, text by text.
+        pairs: (queries, candidates), in the order of the queries, which are texts on axis 0 and
+        images on axis 1.
         """
-        text, image = self.text.values[texts], self.image.values[images]
-        ends = np.zeros(len(text) + 1, np.int64)
-        np.cumsum(np.bincount(pairs[0], minlength=len(text)), out=ends[1:])
-        places = _sparse(ends, pairs[1], (len(text), len(image)))
-        return torch.sparse.sampled_addmm(places, text, image.T, beta=0.0).values().numpy()
+        sides = [self.text.values[texts], self.image.values[images]]
+        edges = ((self.text_edges, texts), (self.image_edges, images))[axis]
+        query, candidate = sides if axis == 0 else sides[::-1]
+        ends = np.zeros(len(query) + 1, np.int64)
+        np.cumsum(np.bincount(pairs[0], minlength=len(query)), out=ends[1:])
+        places = _sparse(ends, pairs[1], (len(query), len(candidate)))
+        keys = torch.sparse.sampled_addmm(places, query, candidate.T, beta=0.0).values().numpy()
+        return keys, Edges(*(edge[edges[1]][pairs[0]] for edge in edges[0]))
 
     def _edges(self, low: Floats, high: Floats) -> Edges:
         below, above = np.float32(-np.inf), np.float32(np.inf)
@@ -204,9 +209,7 @@ class Float32Screen(Screen):
         )
 
 
-def _sparse(
-    ends: NDArray[np.int64], columns: NDArray[np.int64], shape: tuple[int, int]
-) -> torch.Tensor:
+def _sparse(ends: Ints, columns: Ints, shape: tuple[int, int]) -> torch.Tensor:
     """Return a matrix of stored zeros: row i has them in the columns up to place ends[i + 1]."""
     return torch.sparse_csr_tensor(
         torch.from_numpy(ends),

@@ -54,10 +54,12 @@ def test_every_draw_takes_as_many_clusters_as_there_are_each_as_likely():
 def test_means_equal_those_of_queries_drawn_one_by_one(seed, num_clusters):
     values, clusters = ragged(seed, num_clusters)
     resamples = Resamples(num_clusters, draws=20, seed=seed)
-    both = np.stack([values, values**2], axis=1)
-    means = bootstrap_means(both, clusters, resamples)
-    for row, drawn in zip(means, drawn_queries(resamples, values, clusters), strict=True):
-        assert row == pytest.approx([drawn.mean(), (drawn**2).mean()])
+    for scale in (1.0, 1 / 7, 2.0**24 + 1):  # whole numbers, shares, too large for float32
+        both = scale * np.stack([values, values**2], axis=1)
+        means = bootstrap_means(both, clusters, resamples)
+        for row, drawn in zip(means, drawn_queries(resamples, values, clusters), strict=True):
+            expected = [scale * drawn.mean(), scale * (drawn**2).mean()]
+            assert row == pytest.approx(expected, rel=1e-12)
 
 
 @settings(max_examples=40, deadline=None)

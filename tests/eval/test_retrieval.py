@@ -14,6 +14,7 @@ from retrieval_cases import as_tuples, owned, small_cases, true_ranks, true_scor
 from torch import tensor
 
 from m2encoder.errors import ConfigError, DataError
+from m2encoder.eval.bootstrap import mean_interval
 from m2encoder.eval.retrieval import (
     RetrievalSettings,
     measure_retrieval,
@@ -211,6 +212,21 @@ def test_intervals_lie_around_values_and_narrow_with_more_images():
         low, high = found["t2i_r1"].ci95 or (0, 0)
         widths.append(high - low)
     assert widths[1] < widths[0] / 2
+
+
+def test_captions_of_an_image_are_drawn_together():
+    """Five captions of an image that all hit, or all miss, say as much as one."""
+    image = np.eye(39)
+    owner = np.repeat(np.arange(39), 5)
+    target = np.where(owner % 3, owner, owner + 1)  # captions of every third image are wrong
+    found = measure_retrieval(image, image[target], owner).metrics["t2i_r1"]
+    assert found.value == pytest.approx(2 / 3)
+    assert found.ci95 == pytest.approx(mean_interval(np.arange(39) % 3 > 0))
+
+
+def test_draws_without_any_text_are_left_out():
+    found = measure_retrieval(np.eye(3)[:2], np.eye(3)[:1], [0], also=[(0, 1)])
+    assert found.metrics["t2i_r1"].ci95 == found.metrics["i2t_r1"].ci95 == (1.0, 1.0)
 
 
 def test_intervals_are_seeded():
