@@ -10,15 +10,21 @@ from pathlib import Path
 
 from m2encoder.errors import DataError
 from m2encoder.eval.markup import Child, Markup, element
-from m2encoder.eval.report import POLICY
+
+POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 
 
 def html_page(
-    title: str, *content: Child, summary: Child = None, styles: Sequence[str] = ("report.css",)
+    title: str,
+    *content: Child,
+    summary: Child = None,
+    glance: Child = None,
+    styles: Sequence[str] = ("report.css",),
 ) -> str:
     """Return a page that needs no other file and no network, and follows light and dark.
 
-    styles: names of style sheets beside this file, the later ones winning.
+    glance: what stands beside the title. styles: names of style sheets beside this file, the later
+    ones winning.
     """
     folder = resources.files("m2encoder.eval")
     sheets = [(folder / name).read_text(encoding="utf-8") for name in styles]
@@ -36,6 +42,7 @@ def html_page(
         element("p", "m2encoder", class_="kicker"),
         element("h1", title),
         element("p", summary, class_="summary") if summary else None,
+        glance,
     )
     body = element("body", header, element("main", *content))
     return f"<!doctype html>\n{element('html', head, body, lang='en')}\n"

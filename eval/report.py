@@ -5,23 +5,21 @@ Not for measuring (suite.py): it shows plain values that it is given.
 
 import base64
 import io
-import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from importlib import resources
 from pathlib import Path
 from typing import Any, Literal
 
 from m2encoder.eval.charts import Line, line_chart
 from m2encoder.eval.markup import LANGUAGE_NAMES, Markup, element, section
+from m2encoder.eval.page import html_page, write_page
 from m2encoder.eval.report_numbers import numbers_section
 from m2encoder.images import open_image
 
 Language = Literal["zh", "en"]
 LANGUAGES: tuple[Language, ...] = ("zh", "en")
 THUMBNAIL_PX = 256
-POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 
 
 @dataclass(frozen=True)
@@ -74,40 +72,16 @@ def write_report(out: Path, *, run: ReportData) -> None:
 
     Raises DataError if a picture cannot be read.
     """
-    out.parent.mkdir(parents=True, exist_ok=True)
-    temporary = out.with_name(out.name + ".tmp")
-    temporary.write_text(render(run), encoding="utf-8")
-    os.replace(temporary, out)
+    write_page(out, render(run))
 
 
 def render(run: ReportData) -> str:
     """Return the page as HTML."""
-    style = (resources.files("m2encoder.eval") / "report.css").read_text(encoding="utf-8")
-    head = element(
-        "head",
-        element("meta", charset="utf-8"),
-        element("meta", http_equiv="Content-Security-Policy", content=POLICY),
-        element("meta", name="viewport", content="width=device-width, initial-scale=1"),
-        element("meta", name="color-scheme", content="light dark"),
-        element("title", run.title),
-        element("style", Markup(style)),
-    )
     sections = [numbers_section(run.results), _searches(run), _training(run.metrics), _run(run)]
-    body = element("body", _header(run), element("main", sections, _next(run.next_steps)))
-    return f"<!doctype html>\n{element('html', head, body, lang='en')}\n"
-
-
-def _header(run: ReportData) -> Markup:
-    glance = [
-        element("div", element("dt", what), element("dd", value)) for value, what in run.glance
-    ]
-    return element(
-        "header",
-        element("p", "m2encoder", class_="kicker"),
-        element("h1", run.title),
-        element("p", run.summary, class_="summary") if run.summary else None,
-        element("dl", glance, class_="glance") if glance else None,
-    )
+    rows = [element("div", element("dt", what), element("dd", value)) for value, what in run.glance]
+    glance = element("dl", rows, class_="glance") if rows else None
+    content = [sections, _next(run.next_steps)]
+    return html_page(run.title, *content, summary=run.summary, glance=glance)
 
 
 # --- searches ------------------------------------------------------------------------------------

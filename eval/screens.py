@@ -8,6 +8,7 @@ anything by them: exact_ranks.py computes again whatever a screen leaves open.
 
 import functools
 import warnings
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
@@ -140,7 +141,7 @@ def _errors(own: _Rounded, own_norms: Floats, others: _Rounded, other_norms: Flo
     return error + 2.0**-22 * own_norms * longest + width * UNDERFLOW * (1 + longest + own.norms)
 
 
-class Screen:
+class Screen(ABC):
     """What both ways have: two sides in one precision, and the edges of each side's queries."""
 
     dtype: ClassVar[torch.dtype]
@@ -159,13 +160,13 @@ class Screen:
         self.image_edges = self._edges(best_I - errors_I, best_I + errors_I)
         self.text_edges = self._edges(best_T - errors_T, best_T + errors_T)
 
+    @abstractmethod
     def keys(self, texts: slice, images: slice) -> NDArray[Any]:
         """Return (n, m) approximate products, a row for each text, as values that compare alike."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _edges(self, low: Floats, high: Floats) -> Edges:
         """Return the keys of low and high; whatever rounds a product must keep that order."""
-        raise NotImplementedError
 
 
 class Float32Screen(Screen):

@@ -14,13 +14,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from stored_vectors import KEY, parts, same
 from tiny_pictures import CountedReads, listed
 
 from m2encoder.embed import embed_pictures
-from m2encoder.vector_store import VectorKey, VectorStore
+from m2encoder.vector_store import VectorStore
 from m2encoder.vector_table import TRUNCATED, WHOLE, Span, VectorTable
-
-KEY = VectorKey("pictures", "model", "[]", "float32", "content", count=10, dim=4)
 
 
 @pytest.fixture
@@ -32,17 +31,6 @@ def store(tmp_path):
 def counted(tmp_path):
     """23 pictures, two of them bad, that count what is read of them."""
     return CountedReads(listed(23, bad={3, 11}), tmp_path / "reads")
-
-
-def parts(store):
-    return sorted(store.folder.glob("*/*.part"))
-
-
-def same(a, b):
-    np.testing.assert_array_equal(a.vectors, b.vectors)
-    assert a.names == b.names
-    assert a.kept.tolist() == b.kept.tolist()
-    assert a.skipped == b.skipped
 
 
 def flipped(content, place):
@@ -146,7 +134,7 @@ from m2encoder.embed import embed_pictures
 from m2encoder.load import load_model
 from m2encoder.vector_store import VectorStore
 encoder = load_model(sys.argv[1], device="cpu")
-pictures = CountedReads(listed(60, bad={7}), Path(sys.argv[3]), seconds=0.005)
+pictures = CountedReads(listed(60, bad={7}), Path(sys.argv[3]), seconds=0.03)
 store = VectorStore(sys.argv[2], flush_s=0.01)
 embed_pictures(encoder, pictures, batch_size=2, on_error="skip", store=store)
 """
@@ -194,7 +182,7 @@ def test_whatever_a_kill_leaves_is_whole_and_right(tiny_encoder, job, tmp_path, 
     pictures, command = job
     plain = embed_pictures(tiny_encoder, pictures, batch_size=2, on_error="skip")
     moment = random.Random(seed)
-    while killed(command, pictures.log, reads=moment.randint(1, 40), delay_s=moment.random() / 50):
+    while killed(command, pictures.log, reads=moment.randint(1, 40), delay_s=moment.random() / 10):
         store = VectorStore(tmp_path / "vectors")
         for entry in store.entries():
             assert entry.key is not None

@@ -9,16 +9,16 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from stored_vectors import KEY, parts, same
 from tiny_pictures import CountedReads, listed
 
 from m2encoder.embed import embed_folder, embed_pairs, embed_pictures, embed_texts
 from m2encoder.errors import DataError
 from m2encoder.load import load_model
 from m2encoder.shards import ShardReader
-from m2encoder.vector_store import VectorKey, VectorStore
+from m2encoder.vector_store import VectorStore
 
 TEXTS = ["猫在屋顶上", "貓在屋頂上", "ＡＢＣ，全角！", "dog 🐕", "很长 " * 5000, "a cat"]
-KEY = VectorKey("pictures", "model", "[]", "float32", "content", count=10, dim=4)
 
 
 @pytest.fixture
@@ -30,17 +30,6 @@ def store(tmp_path):
 def counted(tmp_path):
     """23 pictures, two of them bad, that count what is read of them."""
     return CountedReads(listed(23, bad={3, 11}), tmp_path / "reads")
-
-
-def parts(store):
-    return sorted(store.folder.glob("*/*.part"))
-
-
-def same(a, b):
-    np.testing.assert_array_equal(a.vectors, b.vectors)
-    assert a.names == b.names
-    assert a.kept.tolist() == b.kept.tolist()
-    assert a.skipped == b.skipped
 
 
 # --- through the public door --------------------------------------------------------------------

@@ -8,15 +8,15 @@ import io
 import math
 import re
 from dataclasses import replace
-from html.parser import HTMLParser
 
 import numpy as np
 import pytest
 from PIL import Image
+from read_pages import Page
 
 from m2encoder.errors import DataError
 from m2encoder.eval.charts import Line, line_chart, nice_ticks
-from m2encoder.eval.markup import VOID, element
+from m2encoder.eval.markup import element
 from m2encoder.eval.report import FoundPicture, ReportData, Search, render, write_report
 from m2encoder.eval.suite import evaluate
 
@@ -25,35 +25,6 @@ def picture(colour="red", size=(64, 64), kind="PNG"):
     stream = io.BytesIO()
     Image.new("RGB", size, colour).save(stream, kind)
     return stream.getvalue()
-
-
-class Page(HTMLParser):
-    """Collects elements and text, and checks that every element is closed in order."""
-
-    def __init__(self, html):
-        super().__init__()
-        self.elements, self.texts, self.stack = [], [], []
-        self.feed(html)
-        self.close()
-        assert self.stack == []
-
-    def handle_starttag(self, tag, attrs):
-        self.elements.append((tag, dict(attrs)))
-        if tag not in VOID:
-            self.stack.append(tag)
-
-    def handle_endtag(self, tag):
-        assert self.stack.pop() == tag
-
-    def handle_data(self, data):
-        if not self.stack or self.stack[-1] != "style":
-            self.texts.append((data, self.stack[-1] if self.stack else ""))
-
-    def text(self):
-        return " ".join(data for data, _ in self.texts)
-
-    def all(self, tag):
-        return [attributes for name, attributes in self.elements if name == tag]
 
 
 @pytest.fixture(scope="module")
