@@ -1,47 +1,43 @@
-"""The training stream: shards in, batches out, in an order that depends on (seed, epoch) alone.
+"""The training stream: shards in, batches out, in an order that depends on seed and step alone.
 
 Every random choice (caption, crop) is drawn from (seed, global sample position), so a run that
-stopped goes on with the batches it would have seen. Not for cleaning or writing data.
+stopped goes on with the batches it would have seen. Not for the order itself (order.py), nor for
+what becomes of a pair (samples.py).
 """
 
+import os
 from collections.abc import Iterator, Sequence
-from pathlib import Path
-from typing import Any, NamedTuple
+from multiprocessing.util import Finalize
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from m2encoder.batch import Batch, Captions
+from m2encoder.batch import Batch
 from m2encoder.config import Data
+from m2encoder.data_pipeline.order import SHUFFLE_WINDOW, Mixture, SourceOrder
+from m2encoder.data_pipeline.samples import Sample, SampleMaker, WorkClock
+from m2encoder.data_pipeline.shard_files import ShardFiles
+from m2encoder.data_pipeline.training_sources import (
+    LANGUAGES,
+    TrainingSource,
+    open_sources,
+    plan_lines,
+)
 from m2encoder.errors import ConfigError, DataError
-from m2encoder.hashing import text_key
-from m2encoder.images import open_image
-from m2encoder.shards import ShardReader
-from m2encoder.tokenizer import SentencePieceTokenizer
-from m2encoder.transforms import augment
-
-LANGUAGES = ("zh", "en")
-
-
-class Sample(NamedTuple):
-    """One pair as the model takes it, or why it cannot be used."""
-
-    key: str
-    pixels: np.ndarray[Any, Any] | None  # (3, S, S) uint8
-    ids: dict[str, list[int]]
-    text_keys: dict[str, int]
-    position: int
-    reason: str = ""
+from m2encoder.tokenizer_fast import TrainingTokenizer
 
 
 class TrainingStream:
     """Batches of augmented pictures and tokenised captions by optimizer step.
 
-    Every process reads its own rows of the same global batches.
+    Every process reads its own rows of the same global batches: their pairs, captions and crops are
+    the same whatever the number of processes and workers, and wherever the run was stopped.
 
-    Raises DataError when there are fewer pairs than one batch takes, or a language has no caption
-    at all; ConfigError when the processes cannot share a batch evenly.
+    Raises DataError when an index is missing or disagrees with its tars, a batch takes more pairs
+    of a source than it has, or a language has no caption at all; ConfigError when the processes
+    cannot share a batch evenly.
     """
 
     def __init__(
@@ -49,7 +45,7 @@ class TrainingStream:
         settings: Data,
         *,
         image_size: int,
-        tokenizer: SentencePieceTokenizer,
+        tokenizer: TrainingTokenizer,
         languages: Sequence[str] = LANGUAGES,
         seed: int,
         rank: int = 0,
@@ -60,27 +56,28 @@ class TrainingStream:
                 f"data.batch_size {settings.batch_size} is no multiple of the {world_size} "
                 f"processes; choose another"
             )
-        reader = ShardReader(Path(settings.train))
-        if len(reader) < settings.batch_size:
-            raise DataError(
-                f"{settings.train}: {len(reader)} pairs, a batch takes {settings.batch_size}; "
-                f"lower data.batch_size or add data"
-            )
-        if absent := [lang for lang in languages if not reader.index.captions.get(lang)]:
-            raise DataError(
-                f"{settings.train}: no captions in {' or '.join(absent)}, an objective needs them; "
-                f"add some, or name only the other objectives"
-            )
         self.settings = settings
         self.languages = tuple(languages)
+        self.sources = open_sources(settings, self.languages, rank=rank, world_size=world_size)
         share = settings.batch_size // world_size
-        self._rows = range(rank * share, (rank + 1) * share)
-        self._samples = _Samples(reader, settings, image_size, tokenizer, self.languages, seed)
+        rows = range(rank * share, (rank + 1) * share)
+        places = _Places(self.sources, settings, rows, seed)
+        maker = SampleMaker(image_size, settings.augment, tokenizer, self.languages, seed)
+        self._batches = _Batches(places, maker)
+
+    @property
+    def pairs(self) -> int:
+        """Pairs of all sources that have a caption in a language asked for."""
+        return sum(source.pairs for source in self.sources)
 
     @property
     def steps_per_epoch(self) -> int:
-        """Full batches per pass; each epoch leaves out another random remainder."""
-        return len(self._samples.reader) // self.settings.batch_size
+        """Full batches that the pairs of all sources make; passes over them go on in between."""
+        return max(1, self.pairs // self.settings.batch_size)
+
+    def describe(self) -> list[str]:
+        """Return the shard plan as lines (training_sources.describe_sources)."""
+        return plan_lines(self.sources, self.settings)
 
     def batches(self, first_step: int, last_step: int) -> Iterator[Batch]:
         """Yield this process's rows of the batches of steps first_step .. last_step - 1.
@@ -88,89 +85,105 @@ class TrainingStream:
         Pairs that cannot be used are left out of their batch and named in `Batch.dropped`.
         """
         loader = DataLoader(
-            self._samples,
-            batch_sampler=(  # a generator: all places of a long run do not fit in memory
-                [(step, row) for row in self._rows] for step in range(first_step, last_step)
-            ),
+            self._batches,
+            batch_size=None,
+            sampler=range(first_step, last_step),
             num_workers=self.settings.workers,
-            collate_fn=self._collate,
+            collate_fn=_as_it_is,  # pyright: ignore[reportArgumentType]
             multiprocessing_context="spawn" if self.settings.workers else None,
+            pin_memory=torch.cuda.is_available(),
+            worker_init_fn=_end_without_finalising,
         )
         return iter(loader)
 
-    def _collate(self, samples: list[Sample]) -> Batch:
-        good = [sample for sample in samples if sample.pixels is not None]
-        dropped = [(sample.key, sample.reason) for sample in samples if sample.pixels is None]
-        size = self._samples.image_size
-        pixels = np.stack([s.pixels for s in good]) if good else np.zeros((0, 3, size, size), "u1")  # pyright: ignore[reportArgumentType, reportCallIssue]
-        captions = {language: _pad(good, language) for language in self.languages}
-        positions = torch.tensor([s.position for s in good], dtype=torch.int64)
-        keys = [s.key for s in good]
-        return Batch(torch.from_numpy(pixels), captions, keys, positions, dropped)
+
+def _as_it_is(batch: Batch) -> Batch:
+    return batch
 
 
-def _pad(samples: list[Sample], language: str) -> Captions:
-    rows = [row for row, sample in enumerate(samples) if language in sample.ids]
-    texts = [samples[row].ids[language] for row in rows]
-    ids = torch.zeros(len(texts), max(map(len, texts), default=0), dtype=torch.int64)
-    mask = torch.zeros_like(ids)
-    for i, text in enumerate(texts):
-        ids[i, : len(text)] = torch.tensor(text)
-        mask[i, : len(text)] = 1
-    keys = [samples[row].text_keys[language] for row in rows]
-    where, same = (torch.tensor(numbers, dtype=torch.int64) for numbers in (rows, keys))
-    return Captions(ids, mask, where, same)
+def _end_without_finalising(worker: int) -> None:
+    """Let a worker end as soon as its queues are closed.
+
+    Where batches are dropped in the middle, the thread that sends them still holds tensors. Python
+    before 3.14 kills such a thread when it finalises, inside torch's destructors, and the process
+    aborts, which the training process would take for a failure.
+    """
+    Finalize(None, os._exit, args=(0,), exitpriority=-1000)
 
 
-class _Samples(Dataset[Sample]):
-    """Samples by (step, row), the place in the global stream."""
+class _Place(NamedTuple):
+    """Where one row's pair lies."""
+
+    position: int
+    source: int
+    shard: int
+    pair: int
+
+
+class _Places:
+    """Which pairs this process reads for a step."""
 
     def __init__(
-        self,
-        reader: ShardReader,
-        settings: Data,
-        image_size: int,
-        tokenizer: SentencePieceTokenizer,
-        languages: tuple[str, ...],
-        seed: int,
+        self, sources: list[TrainingSource], settings: Data, rows: range, seed: int
     ) -> None:
-        self.reader = reader
-        self.settings = settings
-        self.image_size = image_size
-        self.tokenizer = tokenizer
-        self.languages = languages
-        self.seed = seed
-        self._epoch = -1
-        self._order = np.zeros(0, dtype=np.int64)
+        self._rows, self._batch_size = rows, settings.batch_size
+        self._mixture = Mixture([source.weight for source in sources], settings.batch_size)
+        self._orders = [
+            SourceOrder(
+                [shard.pairs for shard in source.shards],
+                self._mixture,
+                number,
+                seed=seed,
+                resampled=settings.order == "resampled",
+            )
+            for number, source in enumerate(sources)
+        ]
+        self.files = [
+            ShardFiles(source.folder, source.shards, limit=self._files_at_once(source, order))
+            for source, order in zip(sources, self._orders, strict=True)
+        ]
+        self.languages = [source.languages for source in sources]
 
-    def __getitem__(self, place: tuple[int, int]) -> Sample:
-        step, row = place
-        size = self.settings.batch_size
-        steps_per_epoch = len(self.reader) // size
-        epoch, step_in_epoch = divmod(step, steps_per_epoch)
-        if epoch != self._epoch:
-            rng = np.random.default_rng([self.seed, epoch])
-            self._epoch, self._order = epoch, rng.permutation(len(self.reader))
-        where = int(self._order[step_in_epoch * size + row])
-        position = step * size + row
-        rng = np.random.default_rng([self.seed, 1, position])
-        try:
-            return self._sample(where, position, rng)
-        except DataError as error:
-            return Sample(self.reader.key(where), None, {}, {}, position, str(error))
+    def _files_at_once(self, source: TrainingSource, order: SourceOrder) -> int:
+        """Files that this process reads from at a time: of each lane two windows."""
+        lanes = -(-order.lanes * len(self._rows) // self._batch_size) + 1
+        return 2 * lanes * (2 + SHUFFLE_WINDOW * len(source.shards) // source.pairs)
 
-    def _sample(self, where: int, position: int, rng: np.random.Generator) -> Sample:
-        pair = self.reader[where]
-        ids: dict[str, list[int]] = {}
-        keys: dict[str, int] = {}
-        for language in self.languages:
-            texts = [text for text in pair.captions.get(language, []) if text.strip()]
-            choice = rng.random()  # drawn always, so that one language does not move the other's
-            if texts:
-                text = texts[int(choice * len(texts))]
-                ids[language], keys[language] = self.tokenizer.encode(text), text_key(text)
-        if not ids:
-            raise DataError(f"pair {pair.key!r}: no caption in {' or '.join(self.languages)}")
-        picture = open_image(pair.image, name=f"pair {pair.key!r}")
-        pixels = augment(picture, self.image_size, self.settings.augment, rng)
-        return Sample(pair.key, pixels, ids, keys, position)
+    def of(self, step: int) -> list[_Place]:
+        """Return the pairs of this process's rows, in order, and begin to read ahead."""
+        sources, draws = self._mixture.rows(step)
+        mine = slice(self._rows.start, self._rows.stop)
+        sources, draws = sources[mine], draws[mine]
+        shards, pairs = np.zeros_like(draws), np.zeros_like(draws)
+        for number, order in enumerate(self._orders):
+            here = sources == number
+            shards[here], pairs[here] = order.places(step, draws[here])
+            for run in order.take_ahead():
+                self.files[number].read_ahead(run)
+        first = step * self._batch_size + self._rows.start
+        found = zip(sources.tolist(), shards.tolist(), pairs.tolist(), strict=True)
+        return [_Place(first + row, *place) for row, place in enumerate(found)]
+
+
+class _Batches(Dataset[Batch]):
+    """This process's share of the batch of a step."""
+
+    def __init__(self, places: _Places, maker: SampleMaker) -> None:
+        self.places, self.maker = places, maker
+
+    def __getitem__(self, step: int) -> Batch:
+        clock = WorkClock()
+        samples: list[Sample] = []
+        dropped: list[tuple[str, str]] = []
+        with clock("read"):
+            places = self.places.of(step)
+        for place in places:
+            files = self.places.files[place.source]
+            try:
+                with clock("read"):
+                    pair = files.pair(place.shard, place.pair)
+                languages = self.places.languages[place.source]
+                samples.append(self.maker.sample(pair, place.position, clock, languages))
+            except DataError as error:
+                dropped.append((files.key(place.shard, place.pair), str(error)))
+        return self.maker.batch(samples, dropped, clock)

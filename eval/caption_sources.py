@@ -17,10 +17,11 @@ from m2encoder.eval.annotations import (
     captions_of,
     read_annotations,
 )
-from m2encoder.eval.foreign_tars import Sample, TarPictures, list_tars, read_samples
+from m2encoder.eval.foreign_tars import Sample, TarPictures, read_samples
 from m2encoder.eval.picture_sources import TsvPictures
 from m2encoder.pictures import FilePictures, Pictures, ShardPictures
 from m2encoder.shards import INDEX_NAME, ShardReader
+from m2encoder.tar_members import list_tars
 
 IMAGES_SUFFIX = "_imgs.tsv"
 

@@ -1,6 +1,6 @@
-"""Line charts as inline SVG, coloured by CSS classes so that they follow light and dark.
+"""Charts as inline SVG, coloured by CSS classes so that they follow light and dark.
 
-Not for choosing what to show: report.py does.
+Not for choosing what to show: report.py and run_report.py do.
 """
 
 import math
@@ -25,7 +25,17 @@ class Line:
     points: Sequence[tuple[float, float]]
     """(x, y) with x rising; points that are not finite are left out."""
     style: str
-    """CSS class that gives its colour: `zh`, `en`, `total` or `other`."""
+    """CSS class that gives its colour: `zh`, `en`, `total`, `other`, or a cause of waiting."""
+
+
+class Mark(NamedTuple):
+    """Something that happened at one x: a vertical line."""
+
+    x: float
+    label: str
+    """Shown when the pointer rests on it."""
+    style: str
+    """CSS class: `resumed` or `bad`."""
 
 
 class Frame(NamedTuple):
@@ -53,18 +63,20 @@ def line_chart(
     y_text: Callable[[float], str] = lambda y: f"{y:g}",
     y_at_least: float | None = None,
     reference: tuple[str, float] | None = None,
+    marks: Sequence[Mark] = (),
 ) -> Markup | None:
     """Return a figure with title, legend, axes and curves, or None if there is no point to show.
 
     y_text: how to write a value. The axis starts at 0 and reaches `y_at_least` or further.
-    reference: a name and a value to mark with a dashed line, such as chance.
+    reference: a name and a value to mark with a dashed line, such as chance. marks: drawn where
+    they lie within the curves.
     """
     lines = [Line(line.label, _thinned(line.points), line.style) for line in lines]
     lines = [line for line in lines if line.points]
     if not lines:
         return None
     frame = _frame(lines, y_at_least, reference)
-    parts = [*_grid(frame, y_text)]
+    parts = [*_grid(frame, y_text), *_marks(frame, marks)]
     if reference is not None:
         (left, y), (right, _) = (
             frame.place(frame.x_low, reference[1]),
@@ -73,21 +85,66 @@ def line_chart(
         parts.append(element("path", class_="reference", d=f"M{left:.1f} {y:.1f}H{right:.1f}"))
     for line in lines:
         parts += _curve(line, frame)
-    latest = ", ".join(f"{line.label} {y_text(line.points[-1][1])}" for line in lines)
+    values = [(line, line.points[-1][1]) for line in lines]
+    return _figure(title, parts, values, y_text, reference, said="At the end")
+
+
+def stacked_chart(
+    title: str,
+    lines: Sequence[Line],
+    *,
+    y_text: Callable[[float], str] = lambda y: f"{y:g}",
+    y_at_least: float | None = None,
+    marks: Sequence[Mark] = (),
+) -> Markup | None:
+    """Return a figure of areas that lie on one another, the first lowest; None without a point.
+
+    The lines have the same x. The legend says the mean of each.
+    """
+    lines = [Line(line.label, _thinned(line.points), line.style) for line in lines]
+    if not lines or not lines[0].points:
+        return None
+    edges: list[list[tuple[float, float]]] = [[(x, 0.0) for x, _ in lines[0].points]]
+    for line in lines:
+        pairs = zip(edges[-1], line.points, strict=True)
+        edges.append([(x, below + y) for (x, below), (_, y) in pairs])
+    top = Line("", edges[-1], "")
+    frame = _frame([top], y_at_least, None)
+    parts = [*_grid(frame, y_text)]
+    for line, below, above in zip(lines, edges, edges[1:], strict=False):
+        outline = _path([*above, *reversed(below)], frame) + "Z"
+        parts.append(element("path", class_=f"area {line.style}", d=outline))
+    parts += _marks(frame, marks)
+    values = [(line, sum(y for _, y in line.points) / len(line.points)) for line in lines]
+    return _figure(title, parts, values, y_text, None, said="On average")
+
+
+def _figure(
+    title: str,
+    parts: Sequence[Markup],
+    values: Sequence[tuple[Line, float]],
+    y_text: Callable[[float], str],
+    reference: tuple[str, float] | None,
+    *,
+    said: str,
+) -> Markup:
+    told = ", ".join(f"{line.label} {y_text(value)}" for line, value in values)
     picture = element(
         "svg",
         parts,
         viewBox=f"0 0 {WIDTH} {HEIGHT}",
         role="img",
-        aria_label=f"{title}. At the end: {latest}.",
+        aria_label=f"{title}. {said}: {told}.",
     )
     return element(
-        "figure", element("figcaption", title), _legend(lines, y_text, reference), picture
+        "figure", element("figcaption", title), _legend(values, y_text, reference), picture
     )
 
 
 def _legend(
-    lines: Sequence[Line], y_text: Callable[[float], str], reference: tuple[str, float] | None
+    values: Sequence[tuple[Line, float]],
+    y_text: Callable[[float], str],
+    reference: tuple[str, float] | None,
 ) -> Markup:
     entries = [
         element(
@@ -95,9 +152,9 @@ def _legend(
             element("i", class_=f"key {line.style}"),
             line.label,
             " ",
-            element("b", y_text(line.points[-1][1])),
+            element("b", y_text(value)),
         )
-        for line in lines
+        for line, value in values
     ]
     if reference is not None:
         label, value = reference
@@ -152,6 +209,21 @@ def _grid(frame: Frame, y_text: Callable[[float], str]) -> list[Markup]:
         label = f"step {tick:,g}" if tick == 0 else f"{tick:,g}"
         anchor = "start" if tick == 0 else anchor
         parts.append(element("text", label, x=f"{x:.1f}", y=HEIGHT - 8, text_anchor=anchor))
+    return parts
+
+
+def _marks(frame: Frame, marks: Sequence[Mark]) -> list[Markup]:
+    parts = []
+    for mark in marks:
+        if frame.x_low <= mark.x <= frame.x_high:
+            x, _ = frame.place(mark.x, frame.y_low)
+            line = element(
+                "path",
+                element("title", mark.label),
+                class_=f"mark {mark.style}",
+                d=f"M{x:.1f} {TOP}V{HEIGHT - BOTTOM}",
+            )
+            parts.append(line)
     return parts
 
 

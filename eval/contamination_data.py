@@ -14,12 +14,13 @@ from numpy.typing import NDArray
 from m2encoder.errors import ConfigError, DataError
 from m2encoder.eval.annotations import LINES_SUFFIXES, TEXTS_SUFFIX
 from m2encoder.eval.caption_sources import open_captions
-from m2encoder.eval.foreign_tars import Sample, TarPictures, list_tars, read_samples
+from m2encoder.eval.foreign_tars import Sample, TarPictures, read_samples
 from m2encoder.eval.matching import match
 from m2encoder.eval.protocols import MatchedProtocol, get_protocol
 from m2encoder.images import list_images
 from m2encoder.pictures import FolderPictures, Pictures, ShardPictures
 from m2encoder.shards import INDEX_NAME, ShardReader
+from m2encoder.tar_members import list_tars
 
 
 class TrainItem(NamedTuple):

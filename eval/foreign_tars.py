@@ -1,39 +1,20 @@
 """Pictures and captions in webdataset tars that others wrote, without an index of ours.
 
-Read in place, nothing is unpacked. Not for our own shard folders (m2encoder.shards).
+Read in place, nothing is unpacked. Not for our own shard folders (m2encoder.shards), nor for the
+tars' layout (m2encoder.tar_members).
 """
 
 import hashlib
 import json
-import tarfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from m2encoder.errors import DataError
 from m2encoder.images import IMAGE_SUFFIXES
+from m2encoder.tar_members import Member, grouped_members, list_tars
 
 TEXT_MEMBERS = ("json", "txt", "cls")
-
-
-class Member(NamedTuple):
-    """Where one member's bytes lie."""
-
-    tar: Path
-    offset: int
-    size: int
-
-    def read(self) -> bytes:
-        """Return the bytes. Raises DataError if the tar is gone or has become shorter."""
-        try:
-            with self.tar.open("rb") as file:
-                file.seek(self.offset)
-                data = file.read(self.size)
-        except OSError as error:
-            raise DataError(f"{self.tar}: cannot be read ({error.strerror}); restore it") from None
-        if len(data) != self.size:
-            raise DataError(f"{self.tar}: has become shorter while it was read; restore it")
-        return data
 
 
 class Sample(NamedTuple):
@@ -98,11 +79,6 @@ class TarPictures:
         return digest.hexdigest()
 
 
-def list_tars(path: Path) -> list[Path]:
-    """Return a tar, or the tars below a folder in order."""
-    return [path] if path.is_file() else sorted(path.rglob("*.tar"))
-
-
 def read_samples(path: Path) -> list[Sample]:
     """Return the samples of a tar, or of every tar below a folder, in order.
 
@@ -110,7 +86,7 @@ def read_samples(path: Path) -> list[Sample]:
     """
     samples: dict[str, Sample] = {}
     for tar in list_tars(path):
-        for key, members in _grouped(tar).items():
+        for key, members in grouped_members(tar).items():
             if key in samples:
                 raise DataError(
                     f"{tar}: sample {key!r} is in another tar too; keys must differ, write the "
@@ -120,37 +96,6 @@ def read_samples(path: Path) -> list[Sample]:
     if not samples:
         raise DataError(f"{path}: no samples in its tars, expected pictures and texts")
     return list(samples.values())
-
-
-def _grouped(tar: Path) -> dict[str, dict[str, Member]]:
-    groups: dict[str, dict[str, Member]] = {}
-    for name, member in _members(tar):
-        folder, _, base = name.rpartition("/")
-        stem, _, extension = base.partition(".")  # as webdataset does
-        key = f"{folder}/{stem}" if folder else stem
-        group = groups.setdefault(key.removeprefix("./"), {})
-        if extension.lower() in group:
-            raise DataError(f"{tar}: member {name!r} is there twice; write the tar again")
-        group[extension.lower()] = member
-    return groups
-
-
-def _members(tar: Path) -> list[tuple[str, Member]]:
-    """Return name and place of each file of a tar. Tarfile ends in silence where a tar does."""
-    try:
-        with tarfile.open(tar, "r:") as archive:
-            infos = [info for info in archive.getmembers() if info.isreg()]
-            end = archive.offset
-    except (tarfile.TarError, OSError, EOFError) as error:
-        raise DataError(
-            f"{tar}: not a complete, uncompressed tar ({error}); restore it, or unpack it first"
-        ) from None
-    with tar.open("rb") as file:
-        file.seek(end)
-        closing = file.read(tarfile.BLOCKSIZE)
-    if closing != bytes(tarfile.BLOCKSIZE):
-        raise DataError(f"{tar}: damaged or cut off after {end:,} bytes; restore it")
-    return [(info.name, Member(tar, info.offset_data, info.size)) for info in infos]
 
 
 def _sample(tar: Path, key: str, members: dict[str, Member]) -> Sample:

@@ -11,11 +11,12 @@ from typing import Any, NamedTuple
 from m2encoder.errors import ConfigError, DataError
 from m2encoder.eval.annotations import text_lines
 from m2encoder.eval.caption_sources import find_files
-from m2encoder.eval.foreign_tars import Sample, TarPictures, list_tars, read_samples
+from m2encoder.eval.foreign_tars import Sample, TarPictures, read_samples
 from m2encoder.eval.picture_sources import CifarPictures
 from m2encoder.images import list_images
 from m2encoder.pictures import FilePictures, Pictures, ShardPictures
 from m2encoder.shards import INDEX_NAME, ShardReader
+from m2encoder.tar_members import list_tars
 
 PICKLES = frozenset({"data_batch_1", "test_batch", "batches.meta", "meta"})
 SPLITS = frozenset({"train", "test", "val", "valid", "validation"})

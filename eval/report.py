@@ -5,20 +5,19 @@ Not for measuring (suite.py): it shows plain values that it is given.
 
 import base64
 import io
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from m2encoder.eval.charts import Line, line_chart
+from m2encoder.eval.charts import line_chart
 from m2encoder.eval.markup import LANGUAGE_NAMES, Markup, element, section
 from m2encoder.eval.page import html_page, write_page
 from m2encoder.eval.report_numbers import numbers_section
+from m2encoder.eval.training_curves import curve, evaluation_curves, loss_curves
 from m2encoder.images import open_image
 
 Language = Literal["zh", "en"]
-LANGUAGES: tuple[Language, ...] = ("zh", "en")
 THUMBNAIL_PX = 256
 
 
@@ -159,20 +158,20 @@ def picture_uri(image: bytes) -> str:
 
 def _training(metrics: Sequence[Mapping[str, Any]]) -> Markup | None:
     charts = [
-        line_chart("Loss", _loss_lines(metrics), y_text=lambda y: f"{y:.3g}"),
+        line_chart("Loss", loss_curves(metrics), y_text=lambda y: f"{y:.3g}"),
         line_chart(
             "R@1 on validation data, mean of both directions",
-            _recall_lines(metrics),
+            evaluation_curves(metrics, "(?:i2t|t2i)_r1"),
             y_text=lambda y: f"{100 * y:.0f} %",
         ),
         line_chart(
             "Learning rate",
-            [_line("learning rate", metrics, "lr", "other")],
+            [curve("learning rate", metrics, "lr", "other")],
             y_text=lambda y: f"{y:.2g}",
         ),
         line_chart(
             "Speed",
-            [_line("samples per second", metrics, "samples_per_s", "other")],
+            [curve("samples per second", metrics, "samples_per_s", "other")],
             y_text=lambda y: f"{y:,.0f}",
         ),
     ]
@@ -181,37 +180,6 @@ def _training(metrics: Sequence[Mapping[str, Any]]) -> Markup | None:
         return None
     note = "Loss as it was measured while learning, step by step; faint lines are single readings."
     return section("training", "How it learned", note, element("div", charts, class_="charts"))
-
-
-def _line(label: str, metrics: Sequence[Mapping[str, Any]], key: str, style: str) -> Line:
-    points = [(row["step"], row[key]) for row in metrics if row.get(key) is not None]
-    return Line(label, points, style)
-
-
-def _loss_lines(metrics: Sequence[Mapping[str, Any]]) -> list[Line]:
-    keys = dict.fromkeys(key for row in metrics for key in row if key.startswith("loss/"))
-    lines = [_line(key.removeprefix("loss/"), metrics, key, _style(key)) for key in keys]
-    return [*lines, _line("total", metrics, "loss", "total")] if len(keys) != 1 else lines
-
-
-def _style(key: str) -> str:
-    """Colour an objective by its language; one over both or neither gets a neutral colour."""
-    named = [language for language in LANGUAGES if language in re.split(r"[^a-z]+", key)]
-    return named[0] if len(named) == 1 else "other"
-
-
-def _recall_lines(metrics: Sequence[Mapping[str, Any]]) -> list[Line]:
-    """Average i2t_r1 and t2i_r1 of `eval/zh/...` or, under a data set's name, `eval/val/zh/...`."""
-    lines = []
-    for language in LANGUAGES:
-        points = []
-        for row in metrics:
-            wanted = re.compile(rf"eval/(?:[^/]+/)?{language}/(?:i2t|t2i)_r1")
-            values = [v for key, v in row.items() if wanted.fullmatch(key) and v is not None]
-            if values:
-                points.append((row["step"], sum(values) / len(values)))
-        lines.append(Line(LANGUAGE_NAMES[language], points, language))
-    return lines
 
 
 # --- what was run, and what to do next -----------------------------------------------------------

@@ -4,7 +4,7 @@ Not for reading shards (data_pipeline/stream.py).
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple, Protocol
 
 from torch import Tensor
@@ -33,6 +33,20 @@ class Batch:
     """(B,) int64, each pair's place in the global stream."""
     dropped: list[tuple[str, str]] = field(default_factory=list)
     """(key, reason) of pairs that could not be used."""
+    texts: dict[str, list[str]] = field(default_factory=dict)
+    """The captions as text, in the order of `captions`: what a record of bad samples shows."""
+    work_s: dict[str, float] = field(default_factory=dict)
+    """Seconds spent on this batch by kind: read, decode (and augment), tokenise. Workers spend them
+    beside the training, so they are no waiting yet."""
+
+    def pin_memory(self) -> "Batch":
+        """Return the batch in page-locked memory, from where copies to a GPU overlap with work."""
+        captions = {
+            language: Captions(*(tensor.pin_memory() for tensor in captions))
+            for language, captions in self.captions.items()
+        }
+        pixels, positions = self.pixels.pin_memory(), self.positions.pin_memory()
+        return replace(self, pixels=pixels, captions=captions, positions=positions)
 
 
 class BatchStream(Protocol):
@@ -41,6 +55,11 @@ class BatchStream(Protocol):
     @property
     def steps_per_epoch(self) -> int:
         """Optimizer steps per pass over the data."""
+        ...
+
+    @property
+    def pairs(self) -> int:
+        """Pairs of a pass over the data."""
         ...
 
     def batches(self, first_step: int, last_step: int) -> Iterator[Batch]:

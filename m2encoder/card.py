@@ -87,25 +87,39 @@ def write_model_card(
     folder: Path, cfg: PretrainConfig, encoder: Encoder, results: Mapping[str, float]
 ) -> None:
     """Write the card of a trained model: also its data, settings and the last evaluation."""
-    index = ShardIndex.load(Path(cfg.data.train))
-    captions = ", ".join(f"{count:,} {language}" for language, count in index.captions.items())
+    folders = [Path(source.path) for source in cfg.data.train_sources]
+    indexes = [ShardIndex.load(folder) for folder in folders if folder.is_dir()]
+    length = f"{cfg.epochs:g} epochs" if cfg.steps is None else f"{cfg.steps:,} steps"
     sections = [
-        f"## Training\n\n{index.count:,} pairs with {captions} captions; {cfg.epochs} epochs in "
+        f"## Training\n\n{_trained_on(cfg, indexes)}; {length} in "
         f"batches of {cfg.data.batch_size}; seed {cfg.seed}. Objectives: "
         f"{', '.join(f'{o.name} (weight {o.weight:g})' for o in cfg.objectives)}.\n"
     ]
-    if index.attribution:
-        sections.append(f"## Attribution of the training pictures\n\n{index.attribution}\n")
+    if named := sorted({index.attribution for index in indexes if index.attribution}):
+        lines = "\n\n".join(named)
+        sections.append(f"## Attribution of the training pictures\n\n{lines}\n")
     if results:
         rows = "\n".join(f"| {name} | {value:.4f} |" for name, value in sorted(results.items()))
         sections.append(
-            f"## Results\n\nMeasured on `{cfg.data.evaluate}` at the end of training.\n\n"
+            f"## Results\n\nMeasured on `{cfg.evaluate.data}` at the end of training.\n\n"
             f"| measure | value |\n|---|---|\n{rows}\n"
         )
     write_card(encoder, folder, sections=sections)
     if results:
         text = json.dumps(dict(results), indent=2, ensure_ascii=False) + "\n"
         (folder / "results.json").write_text(text, encoding="utf-8")
+
+
+def _trained_on(cfg: PretrainConfig, indexes: Sequence[ShardIndex]) -> str:
+    """Return pairs and captions of the sources that lie here; those far away by their address."""
+    captions: dict[str, int] = {}
+    for index in indexes:
+        for language, count in index.captions.items():
+            captions[language] = captions.get(language, 0) + count
+    listed = ", ".join(f"{count:,} {language}" for language, count in captions.items())
+    far = [source.path for source in cfg.data.train_sources if not Path(source.path).is_dir()]
+    here = f"{sum(index.count for index in indexes):,} pairs with {listed} captions"
+    return "; ".join([*([here] if indexes else []), *(f"`{path}`" for path in far)])
 
 
 def _use(encoder: Encoder, path: str, their_path: str) -> str:

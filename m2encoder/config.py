@@ -7,85 +7,14 @@ import re
 from dataclasses import dataclass, field
 from typing import Literal
 
-from m2encoder.errors import ConfigError
+from m2encoder.config_data import Augment, Data, Source, TokenizerConfig, require
+from m2encoder.config_run import Evaluate, Guard, Init, Locked, Log, Save, TowersFrom
 from m2encoder.model.architecture import Architecture
 
-
-def _require(ok: bool, message: str) -> None:
-    if not ok:
-        raise ConfigError(message)
-
-
-@dataclass(frozen=True)
-class Augment:
-    """Random changes to training pictures; every draw depends on (seed, sample position) alone."""
-
-    crop_scale_min: float = 0.8
-    """Smallest share of the picture's area that a random resized crop keeps; 1 crops nothing."""
-    crop_ratio_max: float = 1.2
-    """Most that a crop is stretched, as width / height or its inverse."""
-    flip: bool = False
-    """Mirror half of the pictures. Off where captions name left and right."""
-    rotate_degrees: float = 0.0
-    """Turn by up to this many degrees either way; corners take the edge's mean colour."""
-    color_jitter: float = 0.0
-    """Change brightness, contrast and saturation by up to this share. Off where captions name
-    colours."""
-
-    def __post_init__(self) -> None:
-        _require(
-            0 < self.crop_scale_min <= 1,
-            f"data.augment.crop_scale_min must lie in (0, 1], got {self.crop_scale_min}",
-        )
-        _require(
-            self.crop_ratio_max >= 1,
-            f"data.augment.crop_ratio_max must be at least 1, got {self.crop_ratio_max}",
-        )
-        _require(
-            0 <= self.color_jitter < 1,
-            f"data.augment.color_jitter must lie in [0, 1), got {self.color_jitter}",
-        )
-
-
-@dataclass(frozen=True)
-class Data:
-    """Where pairs come from and how they become batches."""
-
-    train: str = "data/train"
-    """Shard folder to train on."""
-    evaluate: str | None = None
-    """Shard folder to evaluate on after each epoch; None evaluates nothing."""
-    batch_size: int = 128
-    """Pairs per optimizer step, of all processes together."""
-    workers: int = 0
-    """Processes that read, decode and tokenise ahead; 0 does it in the training process."""
-    max_bad_fraction: float = 0.01
-    """Stop when more than this share of the pairs read so far could not be used."""
-    resize_mode: Literal["squash", "shortest"] = "squash"
-    """How pictures become square outside training, saved with the model: squash scales both sides
-    (released M2-Encoder), shortest scales the shorter one and crops the centre (CLIP)."""
-    augment: Augment = field(default_factory=Augment)
-    """Random changes to training pictures."""
-
-    def __post_init__(self) -> None:
-        _require(self.batch_size >= 2, f"data.batch_size must be at least 2, got {self.batch_size}")
-        _require(self.workers >= 0, f"data.workers must not be negative, got {self.workers}")
-        _require(
-            0 <= self.max_bad_fraction <= 1,
-            f"data.max_bad_fraction must lie in [0, 1], got {self.max_bad_fraction}",
-        )
-
-
-@dataclass(frozen=True)
-class TokenizerConfig:
-    """The tokenizer: one that exists, or one trained on the captions of `data.train`."""
-
-    path: str | None = None
-    """An `sp.model` of ours (`m2enc tokenizer train`); None trains one."""
-    vocab_size: int = 4000
-    """Pieces to train at most."""
-    truncation_side: Literal["left", "right"] = "left"
-    """Which end of a too long text is dropped; left is the released behaviour."""
+__all__ = [
+    "Architecture", "Augment", "Data", "Evaluate", "Guard", "Init", "Locked", "Log", "Loss",
+    "Objective", "Optim", "PretrainConfig", "Save", "Source", "TokenizerConfig", "TowersFrom",
+]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -99,7 +28,7 @@ class Objective:
     """Factor in the sum of all terms."""
 
     def __post_init__(self) -> None:
-        _require(self.weight > 0, f"objective {self.name}: weight must be > 0, got {self.weight}")
+        require(self.weight > 0, f"objective {self.name}: weight must be > 0, got {self.weight}")
 
 
 @dataclass(frozen=True)
@@ -122,8 +51,8 @@ class Loss:
 
     def __post_init__(self) -> None:
         is_grid = re.fullmatch(r"auto|[1-9]\d*x[1-9]\d*", self.grid)
-        _require(bool(is_grid), f"loss.grid is {self.grid!r}, expected auto or RxC, such as 2x4")
-        _require(
+        require(bool(is_grid), f"loss.grid is {self.grid!r}, expected auto or RxC, such as 2x4")
+        require(
             self.group_ranks is None or self.group_ranks >= 1,
             f"loss.group_ranks must be at least 1, got {self.group_ranks}",
         )
@@ -131,12 +60,23 @@ class Loss:
 
 @dataclass(frozen=True)
 class Optim:
-    """AdamW with linear warmup and cosine decay to zero."""
+    """AdamW with linear warmup, then decay."""
 
     lr: float = 1e-3
     """Peak learning rate, reached after `warmup_steps`."""
     warmup_steps: int = 100
     """Optimizer steps of linear warmup."""
+    schedule: Literal["cosine", "constant"] = "cosine"
+    """After warmup. cosine falls to zero over the whole run. constant stays, and falls to zero in
+    the cooldown, so that a run can be made longer."""
+    cooldown: float = 0.2
+    """Share of the steps, at the end, in which a constant rate falls to zero."""
+    layer_decay: float = 1.0
+    """Factor on the rate per layer below the last one; 1 trains all layers alike."""
+    image_lr: float = 1.0
+    """Factor on the rate of the image tower's own parameters."""
+    text_lr: float = 1.0
+    """Factor on the rate of the text tower's own parameters."""
     weight_decay: float = 0.1
     """Decoupled; never on norms, biases, positions, CLS token and logit_scale."""
     beta1: float = 0.9
@@ -149,14 +89,18 @@ class Optim:
     """Scale gradients down to this global norm."""
 
     def __post_init__(self) -> None:
-        _require(self.lr > 0, f"optim.lr must be positive, got {self.lr}")
-        for name in ("warmup_steps", "weight_decay", "eps"):
+        require(self.lr > 0, f"optim.lr must be positive, got {self.lr}")
+        for name in ("warmup_steps", "weight_decay", "eps", "image_lr", "text_lr"):
             value = getattr(self, name)
-            _require(value >= 0, f"optim.{name} must not be negative, got {value}")
-        for name in ("beta1", "beta2"):
+            require(value >= 0, f"optim.{name} must not be negative, got {value}")
+        for name in ("beta1", "beta2", "cooldown"):
             value = getattr(self, name)
-            _require(0 <= value < 1, f"optim.{name} must lie in [0, 1), got {value}")
-        _require(
+            require(0 <= value < 1, f"optim.{name} must lie in [0, 1), got {value}")
+        require(
+            0 < self.layer_decay <= 1,
+            f"optim.layer_decay must lie in (0, 1], got {self.layer_decay}",
+        )
+        require(
             self.clip_grad_norm > 0, f"optim.clip_grad_norm must be > 0, got {self.clip_grad_norm}"
         )
 
@@ -167,6 +111,10 @@ class PretrainConfig:
 
     model: Architecture = field(default_factory=Architecture)
     """Shape of the model; in YAML also the name of a preset."""
+    towers: TowersFrom = field(default_factory=TowersFrom)
+    """Towers of other libraries to train instead of our own."""
+    init: Init = field(default_factory=Init)
+    """Weights to start from."""
     data: Data = field(default_factory=Data)
     """Pairs and batches."""
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
@@ -185,35 +133,58 @@ class PretrainConfig:
     """Share of the steps, at the end, that see whole pictures again."""
     optim: Optim = field(default_factory=Optim)
     """The optimizer and its schedule."""
+    locked: tuple[Locked, ...] = ()
+    """Parameters that do not train, or not at first."""
+    ema_decay: float | None = None
+    """Keep a running mean of the weights with this decay, which is measured and exported; None
+    keeps none."""
+    interpolate: float | None = None
+    """Export start + share x (trained - start), for models that start from others' weights
+    (WiSE-FT, arXiv 2109.01903); None exports what was trained."""
+    sharding: Literal["nnn", "ggg", "iii"] = "nnn"
+    """Where parameters, gradients and optimizer state live, after PaRO (arXiv 2310.06003). nnn:
+    whole on every process (DDP). ggg: split over all (FSDP). iii: split inside a group (HSDP)."""
+    shard_ranks: int | None = None
+    """Processes of a group of iii; None takes those of one machine."""
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Of the towers' matrix products. auto: bfloat16 on GPUs, float32 elsewhere. Weights, optimizer
+    and loss are float32 always."""
+    compile: bool = False
+    """Compile the towers' blocks (torch.compile): slow to start, faster on GPUs."""
+    checkpoint_activations: Literal["none", "selective", "full"] = "none"
+    """Compute activations again in the backward pass instead of keeping them: all but the results
+    of matrix products and attention, or all inside a block."""
     out: str = "runs/pretrain"
     """The run's folder: configuration, metrics, checkpoints and the exported model."""
-    epochs: int = 10
+    epochs: float = 10.0
     """Passes over the training pairs."""
+    steps: int | None = None
+    """Optimizer steps, instead of `epochs`."""
     seed: int = 0
     """Decides initial weights, order, crops and captions."""
-    evaluate_every_epochs: int = 1
-    """Evaluate after every so many epochs, and at the end."""
-    evaluate_candidates: int | None = None
-    """Pairs to evaluate retrieval on, drawn with the seed; None takes all."""
-    log_every_steps: int = 10
-    """One row in metrics.jsonl per so many steps."""
-    save_every_steps: int = 200
-    """A checkpoint per so many steps, and at the end."""
-    keep_checkpoints: int = 2
-    """How many of the newest checkpoints stay."""
+    evaluate: Evaluate = field(default_factory=Evaluate)
+    """Measurements while training."""
+    log: Log = field(default_factory=Log)
+    """What is written down."""
+    save: Save = field(default_factory=Save)
+    """Checkpoints."""
+    guard: Guard = field(default_factory=Guard)
+    """What to do about numbers that are not finite, and about hangs."""
     resume: Literal["auto", "never"] = "auto"
     """auto goes on from the newest checkpoint in `out`; never refuses a folder that has one."""
 
     def __post_init__(self) -> None:
-        _require(bool(self.objectives), "objectives is empty, expected at least one")
+        require(bool(self.objectives), "objectives is empty, expected at least one")
         names = [objective.name for objective in self.objectives]
-        _require(len(set(names)) == len(names), f"objectives repeat a name: {', '.join(names)}")
+        require(len(set(names)) == len(names), f"objectives repeat a name: {', '.join(names)}")
         for name in ("patch_dropout", "unmasked_tail"):
             value = getattr(self, name)
-            _require(0 <= value < 1, f"{name} must lie in [0, 1), got {value}")
-        at_least_one = ("epochs", "evaluate_every_epochs", "log_every_steps", "save_every_steps")
-        for name in (*at_least_one, "keep_checkpoints", "accumulate"):
-            _require(
-                getattr(self, name) >= 1, f"{name} must be at least 1, got {getattr(self, name)}"
-            )
-        _require(self.seed >= 0, f"seed must not be negative, got {self.seed}")
+            require(0 <= value < 1, f"{name} must lie in [0, 1), got {value}")
+        for name in ("steps", "accumulate", "shard_ranks"):
+            value = getattr(self, name)
+            require(value is None or value >= 1, f"{name} must be at least 1, got {value}")
+        require(self.epochs > 0, f"epochs must be > 0, got {self.epochs:g}")
+        for name in ("ema_decay", "interpolate"):
+            value = getattr(self, name)
+            require(value is None or 0 < value < 1, f"{name} must lie in (0, 1), got {value}")
+        require(self.seed >= 0, f"seed must not be negative, got {self.seed}")

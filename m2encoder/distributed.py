@@ -19,7 +19,7 @@ from m2encoder.errors import PlacementError
 
 T = TypeVar("T")
 TIMEOUT = timedelta(hours=1)
-"""How long a rank waits for another; rank 0 saves meanwhile."""
+"""How long a rank waits for another, which exports or evaluates meanwhile."""
 
 
 @dataclass(frozen=True)
@@ -77,6 +77,11 @@ class World:
         return self.device if self.device.type == "cuda" else None
 
 
+def ranks_per_machine(world: World) -> int:
+    """Return how many of the ranks run on this machine: torchrun says it; else all of them."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", world.size)) if world.size > 1 else 1
+
+
 @contextmanager
 def joined_world(device: Literal["cpu"] | None = None) -> Iterator[World]:
     """Join the processes that torchrun or `--nproc` started; alone, be a world of one.
@@ -99,7 +104,8 @@ def joined_world(device: Literal["cpu"] | None = None) -> Iterator[World]:
             )
         own_device = torch.device("cuda", local_rank)
         torch.cuda.set_device(own_device)
-    dist.init_process_group("nccl" if has_gpu else "gloo", timeout=TIMEOUT)
+    # gloo beside NCCL: what ranks agree on outside a step is on the CPU and waits for no GPU
+    dist.init_process_group("cpu:gloo,cuda:nccl" if has_gpu else "gloo", timeout=TIMEOUT)
     try:
         yield World(dist.get_rank(), dist.get_world_size(), own_device)
     finally:

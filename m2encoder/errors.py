@@ -45,6 +45,12 @@ class CheckpointError(M2EncoderError):
     exit_code = 3
 
 
+class StoppedError(M2EncoderError):
+    """A run saved and stopped because it was told to (SIGTERM); nothing is wrong."""
+
+    exit_code = 143
+
+
 class MissingExtraError(M2EncoderError):
     """An optional dependency is not installed."""
 

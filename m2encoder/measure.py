@@ -87,13 +87,13 @@ def peak_allocated_bytes(work: Callable[[], object], device: torch.device | str 
         work()
         torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated() - before
-    with _silent_stderr():  # the profiler writes there whenever it starts and stops
+    with silent_stderr():  # the profiler writes there whenever it starts and stops
         profiler = profile(activities=[ProfilerActivity.CPU], profile_memory=True)
         profiler.start()
     try:
         work()
     finally:
-        with _silent_stderr():
+        with silent_stderr():
             profiler.stop()
     assert profiler.profiler is not None
     assert profiler.profiler.kineto_results is not None
@@ -106,7 +106,7 @@ def peak_allocated_bytes(work: Callable[[], object], device: torch.device | str 
 
 
 @contextmanager
-def _silent_stderr() -> Iterator[None]:
+def silent_stderr() -> Iterator[None]:
     """Throw away what native code writes to standard error meanwhile."""
     sys.stderr.flush()
     kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)

@@ -12,13 +12,18 @@ _MULTIPLIERS = (0xBF58476D1CE4E5B9 - 2**64, 0x94D049BB133111EB - 2**64)  # of Sp
 _GOLDEN = 0x9E3779B97F4A7C15 - 2**64
 
 
+def num_kept(num_patches: int, share: float) -> int:
+    """Return how many patches stay when `share` of them is dropped; at least one."""
+    return max(1, round((1 - share) * num_patches))
+
+
 def kept_patches(positions: Tensor, *, num_patches: int, share: float, seed: int) -> Tensor | None:
     """Return the patches that stay, (B, K) int64, ascending; None where share drops none.
 
     positions: (B,) int64, places in the global stream. share: of patches to drop, in [0, 1); at
     least one patch stays.
     """
-    count = max(1, round((1 - share) * num_patches))
+    count = num_kept(num_patches, share)
     if count == num_patches:
         return None
     patches = torch.arange(num_patches, device=positions.device)

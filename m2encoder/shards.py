@@ -10,31 +10,17 @@ import json
 import os
 import tarfile
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from m2encoder.errors import DataError
+from m2encoder.pair_record import Pair, languages_with_text, read_pair
 
 INDEX_NAME = "index.json"
 INDEX_FORMAT = 1
 SHARD_GLOB = "shard-[0-9][0-9][0-9][0-9][0-9][0-9].tar"
-
-
-@dataclass(slots=True)
-class Pair:
-    """One picture and the captions that describe it."""
-
-    key: str
-    """Unique within a data set; no dots or slashes (webdataset splits names at the first dot)."""
-    image: bytes
-    """The encoded picture, as it lies in the tar."""
-    captions: dict[str, list[str]]
-    """BCP-47 tag (`zh`, `en`) to captions; a language may be missing."""
-    meta: dict[str, Any] = field(default_factory=dict)
-    """Anything else that JSON can hold, for example attributes for zero-shot classes."""
-    image_ext: str = "png"
 
 
 @dataclass(frozen=True)
@@ -45,7 +31,8 @@ class Shard:
     bytes: int
     sha256: str
     pairs: list[dict[str, Any]]
-    """Per pair: {"key", "image": [extension, offset, size], "json": [offset, size]}, in bytes."""
+    """Per pair {"key", "image": [extension, offset, size], "json": [offset, size], "languages"};
+    others' tars have further fields (pair_record.read_pair). Older indexes lack languages."""
 
 
 @dataclass(frozen=True)
@@ -141,7 +128,12 @@ def _write_shard(pairs: list[Pair], path: Path) -> Shard:
             image_at = _add_member(tar, f"{pair.key}.{pair.image_ext}", pair.image)
             json_at = _add_member(tar, f"{pair.key}.json", text)
             entries.append(
-                {"key": pair.key, "image": [pair.image_ext, *image_at], "json": list(json_at)}
+                {
+                    "key": pair.key,
+                    "image": [pair.image_ext, *image_at],
+                    "json": list(json_at),
+                    "languages": languages_with_text(pair.captions),
+                }
             )
     os.replace(temporary, path)
     return Shard(path.name, path.stat().st_size, sha256_of(path), entries)
@@ -216,15 +208,14 @@ class ShardReader:
         """Read pair `position`. Raises DataError if its bytes are not what the index says."""
         shard_idx, entry = self._where[position]
         path = self.folder / self.index.shards[shard_idx].name
-        extension, image_offset, image_size = entry["image"]
-        json_offset, json_size = entry["json"]
         try:
             with path.open("rb") as file:
-                file.seek(image_offset)
-                image = file.read(image_size)
-                file.seek(json_offset)
-                record = json.loads(file.read(json_size))
-            return Pair(entry["key"], image, record["captions"], record["meta"], extension)
+
+                def read(offset: int, size: int) -> bytes:
+                    file.seek(offset)
+                    return file.read(size)
+
+                return read_pair(entry, read)
         except FileNotFoundError:
             raise DataError(
                 f"{path}: missing shard, the index lists it; restore the file"

@@ -15,6 +15,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 
 from m2encoder.batch import Batch
 from m2encoder.config import Objective
@@ -59,12 +60,20 @@ class Towers(nn.Module):
     ignored_params and average their gradients.
     """
 
-    def __init__(self, model: M2Encoder) -> None:
+    def __init__(self, model: M2Encoder, *, bfloat16: bool = False) -> None:
         super().__init__()
         self.model = model
+        self.in_bfloat16 = bfloat16
+        """Whether matrix products are computed in bfloat16 (autocast)."""
 
     def forward(self, image: ImagePiece | None, texts: Sequence[TextPiece]) -> Features:
         """Encode one piece of the pictures and any of the captions."""
+        with torch.autocast(
+            self.model.logit_scale.device.type, torch.bfloat16, enabled=self.in_bfloat16
+        ):
+            return self._encode(image, texts)
+
+    def _encode(self, image: ImagePiece | None, texts: Sequence[TextPiece]) -> Features:
         vectors = None
         if image is not None:
             with seeded(image.random_key, image.pixels.device):
@@ -204,10 +213,8 @@ def cut(batch: Batch, towers: nn.Module, settings: StepSettings) -> Pieces:
     )
     lengths = mask.sum(dim=1)
     order = lengths.argsort(stable=True)
-    whole = len(batch.keys) + len(batch.dropped)
-    # In two passes each piece is a call of the towers, so their number must not depend on a share.
-    few = min(LENGTH_GROUPS, whole * len(batch.captions) // MIN_GROUP)
-    groups = max(k, LENGTH_GROUPS) if k > 1 else max(1, few)
+    captions = (len(batch.keys) + len(batch.dropped)) * len(batch.captions)
+    groups = text_pieces(captions, k, is_sharded=isinstance(towers, FSDPModule))
     texts = []
     for i, rows in enumerate(order.tensor_split(groups)):
         longest = int(lengths[rows[-1]]) if len(rows) else 1
@@ -215,6 +222,19 @@ def cut(batch: Batch, towers: nn.Module, settings: StepSettings) -> Pieces:
         piece = ids[rows, :longest].to(device), mask[rows, :longest].to(device)
         texts.append(TextPiece(*piece, key))
     return Pieces(images, texts, order.argsort().to(device))
+
+
+def text_pieces(captions: int, accumulate: int, *, is_sharded: bool) -> int:
+    """Return how many pieces a batch's captions are cut in, by length.
+
+    Sharded towers gather their weights anew for each, which costs more than padding. In two passes
+    each piece is a call of the towers, so their number must not depend on a rank's share.
+    """
+    if is_sharded:
+        return accumulate
+    if accumulate > 1:
+        return max(accumulate, LENGTH_GROUPS)
+    return max(1, min(LENGTH_GROUPS, captions // MIN_GROUP))
 
 
 def _random_key(*what: object) -> int:

@@ -60,7 +60,7 @@ def tiny_shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def tiny_config(tiny_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> "PretrainConfig":
     """A training run of a few steps on tiny_shards; tests replace its `out`."""
-    from m2encoder.config import Data, Optim, PretrainConfig, TokenizerConfig
+    from m2encoder.config import Data, Log, Optim, PretrainConfig, TokenizerConfig
     from m2encoder.model.architecture import Architecture
 
     return PretrainConfig(
@@ -81,7 +81,7 @@ def tiny_config(tiny_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> 
         optim=Optim(warmup_steps=5),
         out=str(tmp_path_factory.mktemp("run")),
         epochs=1,
-        log_every_steps=1,
+        log=Log(every_steps=1, writers=()),
     )
 
 
@@ -98,7 +98,7 @@ def tiny_model_folder(
     tiny_config: "PretrainConfig", tmp_path_factory: pytest.TempPathFactory
 ) -> Path:
     """The folder that tiny_encoder was opened from."""
-    from m2encoder.cli.pretrain import new_encoder, prepare_tokenizer
+    from m2encoder.cli.training import new_encoder, prepare_tokenizer
     from m2encoder.model_folder import save_model_folder
 
     tokenizer = prepare_tokenizer(tiny_config)

@@ -54,7 +54,7 @@ def test_card_states_size_data_and_objectives_of_the_run(tmp_path, tiny_config, 
 
 
 def test_results_are_in_the_card_and_in_a_file(tmp_path, tiny_config, tiny_encoder):
-    cfg = replace(tiny_config, data=replace(tiny_config.data, evaluate="data/验证"))
+    cfg = replace(tiny_config, evaluate=replace(tiny_config.evaluate, data="data/验证"))
     write_model_card(tmp_path, cfg, tiny_encoder, RESULTS)
     card = card_of(tmp_path)
     assert "Measured on `data/验证` at the end of training." in card

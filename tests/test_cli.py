@@ -110,7 +110,7 @@ MISTAKES = {
     "eval retrieval m d --on-eror skip": "did you mean --on-error?",
     "config list --verbose": "unknown option --verbose",
     "pretrain --optim.lr abc": "pretrain: optim.lr: expected float, got abc",
-    "pretrain --epochs 1.5": "pretrain: epochs: expected int, got 1.5",
+    "pretrain --accumulate 1.5": "pretrain: accumulate: expected int, got 1.5",
     "pretrain --data.augment.flip=perhaps": "data.augment.flip: expected bool, got perhaps",
     "pretrain --resume maybe": "resume: expected one of 'auto', 'never', got maybe",
     "pretrain --objectives [{name:image-fr}]": "pretrain: objectives: ",
@@ -118,7 +118,7 @@ MISTAKES = {
     "pretrain --optim.lr -1": "optim.lr must be positive, got -1.0",
     "pretrain --model.width 33": "num_heads 6 does not divide width 33",
     "pretrain --model.num-heads 0": "num_heads must be at least 1, found 0",
-    "pretrain --epochs 0": "epochs must be at least 1, got 0",
+    "pretrain --epochs 0": "epochs must be > 0, got 0",
     "pretrain --epochs": "argument --epochs: expected one argument",
     "pretrain --epochs --seed 3": "argument --epochs: expected one argument",
     "pretrain surplus": "unrecognized arguments: surplus",
@@ -156,7 +156,7 @@ def test_a_mistake_is_one_line_and_exit_code_2(one_line, words):
         ("data: {augment: strong}", "data.augment: expected a mapping of settings or"),
         ("data:", "data: expected a mapping of settings, got None"),
         ("model: 5", "model: expected a mapping of settings, got 5"),
-        ("epochs: 2.5", "epochs: expected int, got 2.5"),
+        ("steps: 2.5", "steps: expected int or null, got 2.5"),
         ("objectives: [{name: image-zh, wight: 3}]", "'wight' is not accepted"),
         ("model: m2-encoder-2b", "no model preset 'm2-encoder-2b'"),
         ("- a\n- b", "holds a list, expected a mapping of settings"),
@@ -261,7 +261,7 @@ def test_dry_run_prints_parameters_and_works_outside_the_tree(capsys, tmp_path, 
     assert m2enc("pretrain", "--config", "demo", "--dry-run") == 0
     shown = capsys.readouterr().out
     assert int(re.findall(r"parameters: ([\d,]+)", shown)[0].replace(",", "")) > 100_000
-    assert "data: runs/demo/data/train is not there yet" in shown
+    assert "data: runs/demo/data/train/index.json: missing index" in shown
     assert list(tmp_path.iterdir()) == []
 
 
@@ -269,8 +269,8 @@ def test_dry_run_counts_steps_where_the_data_is_there(capsys, tiny_shards):
     words = ("--data.train", tiny_shards / "train", "--data.batch-size", 50, "--epochs", 4)
     assert m2enc("pretrain", *words, "--dry-run") == 0
     shown = capsys.readouterr().out
-    assert "data: 160 pairs, 3 steps per epoch of 50 pairs" in shown
-    assert "total: 12 steps, 600 pairs" in shown
+    assert "steps: 12 of 50 pairs, 600 samples, 3.75 epochs of 160 pairs" in shown
+    assert "160 pairs (zh en) in 1 shards of" in shown
 
 
 def test_print_config_gives_a_file_that_runs_the_same(capsys, tmp_path):

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from m2encoder.distributed import World, joined_world
+from m2encoder.distributed import World, joined_world, ranks_per_machine
 from m2encoder.measure import SentBytes
 
 # --- together -----------------------------------------------------------------------------------
@@ -109,6 +109,13 @@ def test_a_world_of_one_needs_no_other_process():
 
 def test_only_rank_0_is_first():
     assert [World(rank, 3).is_first for rank in range(3)] == [True, False, False]
+
+
+def test_torchrun_says_how_many_ranks_a_machine_has(monkeypatch):
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    assert [ranks_per_machine(World(0, size)) for size in (1, 16)] == [1, 16]
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
+    assert [ranks_per_machine(World(0, size)) for size in (1, 16)] == [1, 8]
 
 
 def test_a_process_alone_joins_no_group(monkeypatch):

@@ -106,7 +106,9 @@ def test_commands_are_frozen() -> None:
     assert list(COMMANDS) == [
         "demo",
         "pretrain",
+        "report",
         "data demo",
+        "data index",
         "data verify",
         "tokenizer train",
         "eval retrieval",
@@ -132,6 +134,7 @@ def test_commands_are_frozen() -> None:
         "convert",
         "models ls",
         "models info",
+        "models interpolate",
         "models verify",
         "doctor loss",
         "config list",
@@ -147,7 +150,7 @@ def test_every_shipped_config_is_a_mapping() -> None:
 
 
 def test_configs_holds_data_and_no_code() -> None:
-    assert {p.suffix for p in (ROOT / "configs").rglob("*") if p.is_file()} <= {".yaml", ".json"}
+    assert {p.suffix for p in (ROOT / "configs").rglob("*") if p.is_file()} <= {".yaml", ".sbatch"}
 
 
 def test_version_is_the_one_to_cite() -> None:

@@ -1,10 +1,19 @@
-"""Presets: the sizes that their names promise, counted without allocating a weight."""
+"""Presets and shipped runs: sizes that names promise, plans that fit, without allocating a weight.
 
+Not the plan itself: test_plan.py.
+"""
+
+import os
+import subprocess
 from dataclasses import asdict
+from pathlib import Path
 
 import pytest
 import torch
+import yaml
 
+from m2encoder.cli import main
+from m2encoder.cli.configuration import shipped_configs
 from m2encoder.errors import ConfigError
 from m2encoder.model.configuration_m2encoder import M2EncoderConfig
 from m2encoder.model.modeling_m2encoder import M2Encoder
@@ -95,3 +104,78 @@ def test_an_unknown_preset_is_one_line_that_names_the_known_ones(name: str) -> N
     assert "\n" not in str(caught.value)
     assert repr(name) in str(caught.value)
     assert "m2-encoder-0.4b, m2-encoder-10b, m2-encoder-1b, m2-encoder-tiny" in str(caught.value)
+
+
+# ── shipped runs ────────────────────────────────────────────────────────────────────────────────
+
+RUNS = sorted(name for name in shipped_configs() if name.startswith("pretrain/"))
+GPUS = {"m2-0.4b": (8, 8), "m2-1b": (32, 8), "m2-10b": (256, 8)}
+"""Processes that a shipped configuration names, and those of one machine."""
+
+
+def test_the_shipped_runs_are_known() -> None:
+    assert RUNS == [
+        "pretrain/demo",
+        "pretrain/demo-emoji",
+        "pretrain/finetune-small",
+        "pretrain/lit-pretrained-towers",
+        "pretrain/m2-0.4b",
+        "pretrain/m2-10b",
+        "pretrain/m2-1b",
+    ]
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_every_shipped_run_loads_and_plans(
+    name: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)  # none of its data is here
+    assert main(["pretrain", "--config", name, "--dry-run"]) == 0
+    out = capsys.readouterr().out
+    config, _, found = out.partition("\n---\n")
+    assert yaml.safe_load(config)["out"].startswith("runs/")
+    assert "parameters" in found
+    assert "steps: " in found
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", sorted(GPUS))
+def test_a_large_run_fits_the_gpus_that_it_names(
+    name: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    world_size, local = GPUS[name]
+    for variable, value in (
+        ("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", world_size), ("LOCAL_WORLD_SIZE", local),
+    ):  # fmt: skip
+        monkeypatch.setenv(variable, str(value))
+    assert main(["pretrain", "--config", name, "--dry-run"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    (line,) = [line for line in lines if line.startswith("memory per process")]
+    gibibytes = float(line.split(": ")[1].split(" GiB")[0])
+    assert 10 < gibibytes < 60  # of 80; the rest is for what the estimate leaves out
+    (line,) = [line for line in lines if line.startswith("processes")]
+    assert line.startswith(f"processes: {world_size} on {world_size // local} machine")
+
+
+def test_the_slurm_script_starts_a_process_per_gpu(tmp_path: Path) -> None:
+    """Run it with stand-ins for Slurm's programs: what would m2enc be told?"""
+    stand_ins = {
+        "scontrol": "echo node7; echo node8",
+        "srun": 'shift; SLURM_PROCID=9 SLURM_LOCALID=1 exec "$@"',
+        "m2enc": 'echo "$@"; echo $RANK $LOCAL_RANK $WORLD_SIZE $LOCAL_WORLD_SIZE $MASTER_ADDR',
+    }
+    for name, text in stand_ins.items():
+        (tmp_path / name).write_text(f"#!/bin/bash\n{text}\n", encoding="utf-8")
+        (tmp_path / name).chmod(0o755)
+    slurm = {"SLURM_NTASKS": "16", "SLURM_NTASKS_PER_NODE": "8", "SLURM_JOB_NODELIST": "node[7-8]"}
+    script = Path(__file__).resolve().parents[1] / "configs/slurm/pretrain.sbatch"
+    ran = subprocess.run(
+        ["bash", str(script), "m2-1b", "--out", "/共享 文件/run"],
+        env={**os.environ, **slurm, "PATH": f"{tmp_path}:{os.environ['PATH']}"},
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert ran.stdout.splitlines() == [
+        "pretrain --config m2-1b --out /共享 文件/run",
+        "9 1 16 8 node7",
+    ]

@@ -15,12 +15,12 @@ import pytest
 import torch
 import yaml
 from released_model import small_model
-from safetensors.torch import load_file
+from saved_runs import tensors_of, weights_of
 
 from m2encoder.cli import main
 from m2encoder.cli.configuration import to_yaml
 from m2encoder.cli.pretrain import run
-from m2encoder.config import TokenizerConfig
+from m2encoder.config import Evaluate, Log, Save, TokenizerConfig
 from m2encoder.load import load_model
 from m2encoder.log import read_metrics
 from m2encoder.released_tokenizer import ReleasedTokenizer
@@ -45,9 +45,9 @@ def write_config(tiny_config, tiny_model_folder, tmp_path):
 def exported(tiny_config, tiny_shards, tmp_path_factory):
     """The folder of a whole run with evaluation, and the words that made it."""
     folder = tmp_path_factory.mktemp("whole")
-    data = replace(tiny_config.data, evaluate=str(tiny_shards / "val"))
+    measured = Evaluate(data=str(tiny_shards / "val"), candidates=20)
     out = folder / "我的模型"
-    cfg = replace(tiny_config, data=data, epochs=2, evaluate_candidates=20, out=str(out))
+    cfg = replace(tiny_config, evaluate=measured, epochs=2, out=str(out))
     (folder / "c.yaml").write_text(to_yaml(cfg), encoding="utf-8")
     words = ["pretrain", "--config", str(folder / "c.yaml")]
     assert main(words) == 0
@@ -59,7 +59,7 @@ def test_a_run_exports_a_folder_that_load_model_opens(exported):
     encoder = load_model(out / "model", device="cpu")
     vectors = encoder.encode_text(["一只猫", "a cat", "ＡＢＣ 貓🐱"])
     assert vectors.shape == (3, 16)
-    weights = load_file(max((out / "checkpoints").iterdir()) / "model.safetensors")
+    weights = weights_of(max((out / "checkpoints").iterdir()))
     assert all(torch.equal(v, weights[k]) for k, v in encoder.model.state_dict().items())
 
 
@@ -127,15 +127,14 @@ def test_settings_can_be_corrected_while_nothing_was_trained(write_config, capsy
 @pytest.mark.parametrize(
     ("options", "code", "said"),
     [
-        (["--data.evaluate", "no/such/folder"], 3, "no/such/folder/index.json: missing index"),
-        (["--evaluate-candidates", "1000000"], 2, "candidates is 1,000,000, expected 2 to"),
+        (["--evaluate.data", "no/such/folder"], 3, "no/such/folder/index.json: missing index"),
+        (["--evaluate.candidates", "1000000"], 2, "candidates is 1,000,000, expected 2 to"),
     ],
 )
 def test_an_evaluation_that_cannot_work_is_found_before_training(
     write_config, tiny_config, tiny_shards, capsys, options, code, said
 ):
-    data = replace(tiny_config.data, evaluate=str(tiny_shards / "val"))
-    words, out = write_config(data=data)
+    words, out = write_config(evaluate=Evaluate(data=str(tiny_shards / "val")))
     assert main([*words, *options]) == code
     shown = capsys.readouterr().err
     assert said in shown
@@ -169,7 +168,7 @@ sys.exit(main())
 
 
 def test_a_run_that_was_killed_and_interrupted_goes_on_to_the_bit(write_config):
-    changes = {"epochs": 15, "save_every_steps": 10, "log_every_steps": 3}
+    changes = {"epochs": 15, "save": Save(every_steps=10), "log": Log(every_steps=3, writers=())}
     words, out = write_config("stopped", **changes)
     command = [sys.executable, "-c", INTERRUPTIBLE, *words]
     for step, signal_sent, code in ((20, signal.SIGKILL, -9), (60, signal.SIGINT, 130)):
@@ -186,13 +185,11 @@ def test_a_run_that_was_killed_and_interrupted_goes_on_to_the_bit(write_config):
     whole_words, whole_out = write_config("whole", **changes)
     assert main(whole_words) == 0
     assert losses_of(out) == losses_of(whole_out)
-    last = "checkpoints/step-00000150"
-    for file in (
-        f"{last}/model.safetensors",
-        f"{last}/optimizer.safetensors",
-        "model/model.safetensors",
-    ):
-        assert (out / file).read_bytes() == (whole_out / file).read_bytes(), file
+    found, expected = (tensors_of(o / "checkpoints/step-00000150") for o in (out, whole_out))
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in found.items())
+    exported = "model/model.safetensors"
+    assert (out / exported).read_bytes() == (whole_out / exported).read_bytes()
 
 
 def test_the_resize_mode_is_saved_with_the_model(tiny_config, tmp_path):

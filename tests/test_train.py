@@ -12,17 +12,16 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import load_file
+from saved_runs import TIMES, tensors_of, weights_of
 
 from m2encoder.batch import BatchStream
-from m2encoder.cli.pretrain import make_stream, new_encoder, prepare_tokenizer
-from m2encoder.config import Data, Objective, Optim, TokenizerConfig
+from m2encoder.cli.training import make_stream, new_encoder, prepare_tokenizer
+from m2encoder.config import Data, Log, Objective, Optim, Save, TokenizerConfig
 from m2encoder.errors import CheckpointError, DataError, M2EncoderError
 from m2encoder.log import read_metrics
 from m2encoder.shards import Pair, write_shards
-from m2encoder.train import MAX_LOG_SCALE, pretrain
-
-TIMINGS = ("samples_per_s", "seconds")
+from m2encoder.train import pretrain
+from m2encoder.train_parts import MAX_LOG_SCALE, Evaluator
 
 
 @dataclass
@@ -35,6 +34,10 @@ class StopsAt:
     @property
     def steps_per_epoch(self):
         return self.stream.steps_per_epoch
+
+    @property
+    def pairs(self):
+        return self.stream.pairs
 
     def batches(self, first_step, last_step):
         yield from self.stream.batches(first_step, min(self.step, last_step))
@@ -69,7 +72,7 @@ def start(cfg, *, stop_at=10**9, evaluators=None, init_seed=None, log_scale=None
 def rows_of(cfg):
     """Rows of metrics.jsonl without the times, which differ from run to run."""
     rows = read_metrics(Path(cfg.out) / "metrics.jsonl")
-    return [{k: v for k, v in row.items() if k not in TIMINGS} for row in rows]
+    return [{k: v for k, v in row.items() if not k.startswith(TIMES)} for row in rows]
 
 
 def newest(cfg):
@@ -80,16 +83,15 @@ def assert_same_run(ours, theirs):
     """The same rows, and weights and optimizer state equal to the bit."""
     assert rows_of(ours) == rows_of(theirs)
     assert newest(ours).name == newest(theirs).name
-    for name in ("model.safetensors", "optimizer.safetensors"):
-        found, expected = load_file(newest(ours) / name), load_file(newest(theirs) / name)
-        assert found.keys() == expected.keys()
-        assert [key for key in found if not torch.equal(found[key], expected[key])] == []
+    found, expected = (tensors_of(newest(cfg)) for cfg in (ours, theirs))
+    assert found.keys() == expected.keys()
+    assert [key for key in found if not torch.equal(found[key], expected[key])] == []
 
 
 # 10 steps per epoch: stopped in mid-epoch, at the border, past it, between and on checkpoints
 @pytest.mark.parametrize("stop_at", [2, 5, 10, 11, 14, 19])
 def test_resuming_equals_never_having_stopped(configure, stop_at):
-    changes = {"epochs": 2, "save_every_steps": 5}
+    changes = {"epochs": 2, "save": Save(every_steps=5)}
     whole, stopped = configure("whole", **changes), configure("stopped", **changes)
     start(whole)
     with pytest.raises(KeyboardInterrupt):
@@ -100,7 +102,7 @@ def test_resuming_equals_never_having_stopped(configure, stop_at):
 
 
 def test_stopping_three_times_equals_never_having_stopped(configure):
-    changes = {"epochs": 2, "save_every_steps": 3, "log_every_steps": 4}
+    changes = {"epochs": 2, "save": Save(every_steps=3), "log": Log(every_steps=4, writers=())}
     whole, stopped = configure("whole", **changes), configure("stopped", **changes)
     start(whole)
     for stop_at in (4, 11, 17):
@@ -111,7 +113,7 @@ def test_stopping_three_times_equals_never_having_stopped(configure):
 
 
 def test_no_step_is_logged_twice(configure):
-    cfg = configure(save_every_steps=3)
+    cfg = configure(save=Save(every_steps=3))
     for stop_at in (5, 8):
         with pytest.raises(KeyboardInterrupt):
             start(cfg, stop_at=stop_at)
@@ -120,9 +122,10 @@ def test_no_step_is_logged_twice(configure):
 
 
 def test_an_evaluation_is_logged_once_and_the_same_after_a_stop(configure):
-    changes = {"epochs": 3, "save_every_steps": 5}
+    changes = {"epochs": 3, "save": Save(every_steps=5)}
     whole, stopped = configure("whole", **changes), configure("stopped", **changes)
-    evaluators = {"val": lambda encoder: {"size": encoder.model.image.positions.norm().item()}}
+    sizes = Evaluator(lambda encoder: {"size": encoder.model.image.positions.norm().item()})
+    evaluators = {"val": sizes}
     start(whole, evaluators=evaluators)
     for stop_at in (10, 12, 21):
         with pytest.raises(KeyboardInterrupt):
@@ -144,10 +147,11 @@ def test_a_finished_run_trains_no_more_and_is_evaluated_again(configure):
     cfg = configure()
     start(cfg)
     before, saved = rows_of(cfg), newest(cfg)
-    encoder, results = start(cfg, stop_at=0, evaluators={"val": lambda _: {"r1": 0.5}}, init_seed=9)
+    halves = {"val": Evaluator(lambda _: {"r1": 0.5})}
+    encoder, results = start(cfg, stop_at=0, evaluators=halves, init_seed=9)
     assert results == {"eval/val/r1": 0.5}
     assert (rows_of(cfg), newest(cfg)) == (before, saved)
-    weights = load_file(saved / "model.safetensors")
+    weights = weights_of(saved)
     assert all(torch.equal(v, weights[k]) for k, v in encoder.model.state_dict().items())
 
 
@@ -159,7 +163,9 @@ def test_training_gets_better_than_guessing(configure):
 
 
 def test_rows_say_what_happened(configure):
-    cfg = configure(epochs=2, log_every_steps=4, optim=Optim(lr=1e-3, warmup_steps=10))
+    cfg = configure(
+        epochs=2, log=Log(every_steps=4, writers=()), optim=Optim(lr=1e-3, warmup_steps=10)
+    )
     start(cfg)
     rows = read_metrics(Path(cfg.out) / "metrics.jsonl")
     assert [row["step"] for row in rows] == [4, 8, 12, 16, 20]
@@ -175,7 +181,7 @@ def test_rows_say_what_happened(configure):
 
 
 def test_checkpoints_are_written_on_time_and_the_newest_stay(configure):
-    cfg = configure(save_every_steps=4, keep_checkpoints=2)
+    cfg = configure(save=Save(every_steps=4, keep_last=2))
     start(cfg)
     names = sorted(path.name for path in (Path(cfg.out) / "checkpoints").iterdir())
     assert names == ["step-00000008", "step-00000010"]
@@ -190,14 +196,14 @@ def test_the_scale_is_held_between_1_and_100(configure, value, expected):
 
 
 def test_evaluators_run_at_each_interval_and_at_the_end(configure):
-    cfg = configure(epochs=5, evaluate_every_epochs=2, log_every_steps=50)
+    cfg = configure(epochs=5, log=Log(every_steps=50, writers=()))
     modes = []
 
     def measure(encoder):
         modes.append(encoder.model.training)
         return {"zh/r1": len(modes) / 10}
 
-    _, results = start(cfg, evaluators={"val": measure})
+    _, results = start(cfg, evaluators={"val": Evaluator(measure, every_epochs=2)})
     evaluated = {row["step"]: row["eval/val/zh/r1"] for row in rows_of(cfg) if "loss" not in row}
     assert evaluated == {20: 0.1, 40: 0.2, 50: 0.3}
     assert results == {"eval/val/zh/r1": 0.3}
@@ -206,7 +212,8 @@ def test_evaluators_run_at_each_interval_and_at_the_end(configure):
 
 def test_an_evaluator_sees_the_weights_of_the_moment(configure):
     prints = []
-    evaluators = {"val": lambda encoder: prints.append(encoder.fingerprint) or {}}
+    seen = Evaluator(lambda encoder: prints.append(encoder.fingerprint) or {})
+    evaluators = {"val": seen}
     start(configure(epochs=2), evaluators=evaluators)
     assert len(set(prints)) == 2
 
@@ -220,7 +227,7 @@ def test_one_bar_shows_loss_and_speed(configure, capsys):
 
 
 def test_resume_never_refuses_a_folder_that_is_in_use(configure):
-    start(configure(save_every_steps=5))
+    start(configure(save=Save(every_steps=5)))
     with pytest.raises(CheckpointError, match="already holds step-00000010; choose another --out"):
         start(configure(resume="never"))
 
@@ -232,7 +239,7 @@ def test_resume_never_starts_in_a_new_folder(configure):
 
 
 def test_a_half_written_checkpoint_is_ignored(configure):
-    whole, stopped = (configure(name, save_every_steps=5) for name in ("whole", "stopped"))
+    whole, stopped = (configure(name, save=Save(every_steps=5)) for name in ("whole", "stopped"))
     start(whole)
     with pytest.raises(KeyboardInterrupt):
         start(stopped, stop_at=8)
@@ -244,11 +251,11 @@ def test_a_half_written_checkpoint_is_ignored(configure):
 
 
 def test_a_damaged_newest_checkpoint_can_be_deleted_to_go_on_from_an_earlier_one(configure):
-    whole, damaged = (configure(name, save_every_steps=4) for name in ("whole", "damaged"))
+    whole, damaged = (configure(name, save=Save(every_steps=4)) for name in ("whole", "damaged"))
     start(whole)
     with pytest.raises(KeyboardInterrupt):
         start(damaged, stop_at=9)
-    file = newest(damaged) / "model.safetensors"
+    (file,) = newest(damaged).glob("*.safetensors")
     file.write_bytes(file.read_bytes()[:1000])
     with pytest.raises(CheckpointError, match=r"step-00000008: damaged .* delete it to go on from"):
         start(damaged)
@@ -276,12 +283,11 @@ def test_a_checkpoint_of_another_batch_size_or_other_data_is_refused(
 
 
 def test_a_loss_that_is_not_finite_stops_at_its_step_and_saves_nothing(configure):
-    cfg = configure(optim=Optim(lr=1e30, warmup_steps=0), save_every_steps=1)
+    cfg = configure(optim=Optim(lr=1e30, warmup_steps=0), save=Save(every_steps=1))
     with pytest.raises(M2EncoderError, match=r"step \d+: .* lower .* pair 'train-"):
         start(cfg)
     for path in (Path(cfg.out) / "checkpoints").iterdir():
-        weights = load_file(path / "model.safetensors").values()
-        assert all(torch.isfinite(tensor).all() for tensor in weights)
+        assert all(torch.isfinite(tensor).all() for tensor in tensors_of(path).values())
 
 
 def with_bad_pairs(folder, *, good, bad):
@@ -308,7 +314,9 @@ def test_bad_pairs_are_counted_named_and_left_out(configure, tmp_path, caplog):
 
 def test_the_count_of_bad_pairs_survives_a_stop(configure, tmp_path):
     data = replace(with_bad_pairs(tmp_path / "d", good=150, bad=10), max_bad_fraction=0.9)
-    whole, stopped = (configure(n, data=data, save_every_steps=4) for n in ("whole", "stopped"))
+    whole, stopped = (
+        configure(n, data=data, save=Save(every_steps=4)) for n in ("whole", "stopped")
+    )
     start(whole)
     with pytest.raises(KeyboardInterrupt):
         start(stopped, stop_at=6)

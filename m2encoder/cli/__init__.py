@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from importlib import import_module
 from typing import NamedTuple
 
+from m2encoder.cli.slurm import adopt_slurm
 from m2encoder.errors import ConfigError, M2EncoderError
 
 
@@ -27,7 +28,9 @@ COMMANDS: dict[str, Command] = {
         "demo", "demo", "everything once: data, training, evaluation, search, a report"
     ),
     "pretrain": Command("pretrain", "pretrain", "train a model"),
+    "report": Command("report", "report", "a page about a training run, finished or not"),
     "data demo": Command("data", "demo", "make a small bilingual data set: scenes or emoji"),
+    "data index": Command("data", "index", "write the index that others' webdataset tars lack"),
     "data verify": Command("data", "verify", "check a shard folder against its index"),
     "tokenizer train": Command("tokenizer", "train", "train a bilingual SentencePiece tokenizer"),
     "eval retrieval": Command("evaluate", "retrieval", "recall@k between pictures and captions"),
@@ -61,6 +64,7 @@ COMMANDS: dict[str, Command] = {
     ),
     "models ls": Command("models", "ls", "name the released models"),
     "models info": Command("models", "info", "describe a released model or a model folder"),
+    "models interpolate": Command("models", "interpolate", "write the model between two models"),
     "models verify": Command("verify", "verify", "compare a model with its golden vectors"),
     "doctor loss": Command(
         "doctor", "loss", "check the contrastive loss on this machine, in several processes"
@@ -73,7 +77,7 @@ EXIT_FAILURE, EXIT_USAGE, EXIT_INTERRUPTED = 1, 2, 130
 EPILOG = (
     "Every command explains itself with --help. Results go to stdout, messages to stderr. --debug "
     "shows tracebacks, --quiet hides messages. Exit codes: 0 ok, 1 failure, 2 usage, 3 bad data, "
-    "4 done but some items were skipped, 130 interrupted."
+    "4 done but some items were skipped, 130 interrupted, 143 saved and stopped by SIGTERM."
 )
 
 
@@ -85,6 +89,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     # Before torch loads GNU OpenMP: threads that spin for long while they wait stall each other as
     # soon as anything else runs (benchmarks/busy_machine.py). Spin briefly, then sleep.
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+    try:
+        adopt_slurm()
+    except ConfigError as error:
+        return _fail(str(error), error.exit_code, "--debug" in flags)
     speaks = os.environ.get("RANK", "0") == "0"  # the first of the processes that train together
     level = logging.INFO if speaks and "--quiet" not in flags else logging.WARNING
     logging.basicConfig(level=level, format="%(message)s", stream=sys.stderr)

@@ -1,4 +1,4 @@
-"""`m2enc data`: write the demo data, and check a shard folder.
+"""`m2enc data`: write the demo data, index others' tars, and check a shard folder.
 
 Not for training or evaluation; results go to stdout, errors are raised for the caller to print.
 """
@@ -38,6 +38,23 @@ def demo(
         print(f"{out / split}: {_counts(index.count, index.captions, len(index.shards))}")
     if attribution := indexes["train"].attribution:
         print(attribution)
+    return 0
+
+
+def index(tars: list[Path], *, text_language: str | None = None) -> int:
+    """Write index.json beside webdataset tars of others, so that they can be trained on.
+
+    Args:
+        tars: A folder of tars, or tars of one folder.
+        text_language: Language of captions that name none, such as zh; else told by script.
+    """
+    from m2encoder.data_pipeline.foreign_index import index_tars
+
+    found = index_tars(tars, text_language=text_language)
+    counts = _counts(found.index.count, found.index.captions, len(found.index.shards))
+    print(f"{found.folder}: {counts}")
+    left_out = "".join(f" + {n:,} {reason}" for reason, n in sorted(found.dropped.items()))
+    print(f"{found.samples:,} samples = {found.index.count:,} pairs{left_out}")
     return 0
 
 

@@ -137,7 +137,7 @@ def demo_config(source: Source, out: Path, seed: int, smoke: bool) -> PretrainCo
     given.options_class = PretrainConfig  # pyright: ignore[reportFunctionMemberAccess]
     words = ["--config", "demo" if source == "scenes" else f"demo-{source}"]
     words += ["--data.train", str(out / "data/train")]
-    words += ["--data.evaluate", str(out / "data" / EVALUATED[source])]
+    words += ["--evaluate.data", str(out / "data" / EVALUATED[source])]
     words += ["--out", str(out), "--seed", str(seed), *(SMOKE_OPTIONS if smoke else ())]
     return call_with_options(given, "demo", words)
 

@@ -34,8 +34,9 @@ def launch(words: Sequence[str], nproc: int) -> int:
     """Run `m2enc WORDS` in nproc processes that find each other; returns the exit code.
 
     The first process speaks; what another says on stderr is shown only where it failed first and
-    not like the first process too. A failure ends all, with that process's exit code; so does a
-    signal. Raises ConfigError when nproc is below 1.
+    not like the first process too. A failure ends all, with that process's exit code; so does
+    Ctrl-C. SIGTERM and SIGUSR1 are passed on: training saves. Raises ConfigError when nproc is
+    below 1.
     """
     if nproc < 1:
         raise ConfigError(f"nproc is {nproc}, expected at least 1")
@@ -44,7 +45,7 @@ def launch(words: Sequence[str], nproc: int) -> int:
         port = free.getsockname()[1]
     threads = os.environ.get("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // nproc)))
     workers: list[subprocess.Popen[bytes]] = []
-    with tempfile.TemporaryDirectory() as scratch, _terminating(workers):
+    with tempfile.TemporaryDirectory() as scratch, _passing_on(workers):
         logs: list[IO[bytes] | None] = [None]
         logs += [open(f"{scratch}/{rank}", "w+b") for rank in range(1, nproc)]  # noqa: SIM115
         for rank, log in enumerate(logs):
@@ -61,6 +62,8 @@ def launch(words: Sequence[str], nproc: int) -> int:
                 )
             )
         failed = _wait(workers)
+        if failed is not None and workers[failed].returncode < 0:
+            _tell_of_death(failed, nproc, -workers[failed].returncode)
         _stop(workers)
         code = 0 if failed is None else workers[failed].returncode
         if failed is not None and (log := logs[failed]) and code != workers[0].returncode:
@@ -94,24 +97,31 @@ def _stop(workers: Sequence[subprocess.Popen[bytes]]) -> None:
             time.sleep(0.02)
 
 
+def _tell_of_death(rank: int, nproc: int, number: int) -> None:
+    name = signal.Signals(number).name
+    memory = "; was the machine out of memory?" if number == signal.SIGKILL else ""
+    print(f"rank {rank} of {nproc} was ended by {name}{memory}", file=sys.stderr)
+
+
 @contextmanager
-def _terminating(workers: Sequence[subprocess.Popen[bytes]]) -> Iterator[None]:
-    """Pass SIGTERM on as an interrupt of our own, and leave no process behind."""
+def _passing_on(workers: Sequence[subprocess.Popen[bytes]]) -> Iterator[None]:
+    """Pass on what asks training to save, and leave no process behind."""
 
-    def interrupt(*_: object) -> None:
-        raise KeyboardInterrupt
+    def pass_on(number: int, _: object) -> None:
+        for worker in workers:
+            if worker.poll() is None:
+                worker.send_signal(number)
 
-    before = signal.signal(signal.SIGTERM, interrupt)
+    before = {n: signal.signal(n, pass_on) for n in (signal.SIGTERM, signal.SIGUSR1)}
     try:
         yield
     except KeyboardInterrupt:
-        for worker in workers:
-            if worker.poll() is None:
-                worker.send_signal(signal.SIGINT)
+        pass_on(signal.SIGINT, None)
         raise
     finally:
         _stop(workers)
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _end_with_parent() -> None:

@@ -1,4 +1,4 @@
-"""`m2enc models ls` and `m2enc models info`: the released models, and what a model folder holds.
+"""`m2enc models`: name the released models, describe a model folder, mix two of them.
 
 Not for comparing a model with its golden vectors (verify.py). Weights are described from their
 headers, never loaded.
@@ -71,6 +71,22 @@ def info(model: str, *, json: bool = False) -> int:
         print(dumps(facts, ensure_ascii=False, indent=2))
     else:
         print("\n".join(f"{name + '  ':<14}{value}" for name, value in lines if value))
+    return 0
+
+
+def interpolate(start: str, end: str, out: Path, *, share: float = 0.5) -> int:
+    """Write the model between two of the same shape, such as a fine-tuned one and its start.
+
+    Args:
+        start: A model folder, or the name of a released model.
+        end: The same; preprocessing and tokenizer are this one's.
+        out: The model folder to write.
+        share: How far to go: 0 is start, 1 is end (WiSE-FT, arXiv 2109.01903).
+    """
+    from m2encoder.interpolate import write_interpolated
+
+    write_interpolated(start, end, out, share=share)
+    print(out)
     return 0
 
 

@@ -176,6 +176,12 @@ def _explained(message: str, known: Collection[str]) -> str:
         return f"unknown setting {name}{_did_you_mean(name, known)}"
     if m := re.match(r"Parser key \"([\w.]+)\": Unable to load config '(.*?)'", text):
         return f"{m[1]}: expected a mapping of settings or a YAML file of them, got {m[2]}"
+    union = r"(.*): Does not validate against any of the Union subtypes Subtypes: \[(.*?)\] "
+    if m := re.search(union + r".*Given value: (.*)", text):
+        kinds = [re.sub(r"<class '([\w.]+)'>", r"\1", kind) for kind in m[2].split(", ")]
+        wanted = " or ".join("null" if kind == "NoneType" else kind for kind in kinds)
+        name = re.sub(r"Parser key .([\w.]+).", r"\1", m[1])
+        return f"{name}: expected {wanted}, got {m[3]}"
     text = re.sub(r"Problem with given class_path '[\w.]+': ", "", text)
     text = re.sub(r"Parser key \"([\w.]+)\":", r"\1:", text)
     text = re.sub(r"<class '([\w.]+)'>", r"\1", text)

@@ -5,6 +5,7 @@ Letters: B batch, L tokens or patches, H heads, K head width, D width.
 """
 
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -59,8 +60,16 @@ class Block(nn.Module):
         self.attention = Attention(shape.width, shape.num_heads)
         self.ffn_norm = nn.LayerNorm(shape.width, eps=LAYER_NORM_EPS)
         self.ffn = FeedForward(shape.width, shape.ffn_width)
+        self.checkpointed: Callable[..., Tensor] | None = None
+        """Runs `layers` so that training keeps fewer activations; None keeps all."""
 
     def forward(self, x_BLD: Tensor, mask_BL: Tensor | None) -> Tensor:
+        if self.checkpointed is not None and self.training:
+            return self.checkpointed(self.layers, x_BLD, mask_BL)
+        return self.layers(x_BLD, mask_BL)
+
+    def layers(self, x_BLD: Tensor, mask_BL: Tensor | None) -> Tensor:
+        """Compute what `forward` returns."""
         x_BLD = x_BLD + self.attention(self.attention_norm(x_BLD), mask_BL)
         return x_BLD + self.ffn(self.ffn_norm(x_BLD))
 

@@ -14,7 +14,7 @@ from dense_loss import info_nce_by_leads, unit_rows
 from torch import nn
 
 from m2encoder.batch import Batch
-from m2encoder.cli.pretrain import make_stream, new_encoder, prepare_tokenizer
+from m2encoder.cli.training import make_stream, new_encoder, prepare_tokenizer
 from m2encoder.compat import import_open_clip
 from m2encoder.config import Loss, Objective, Optim, TokenizerConfig
 from m2encoder.log import read_metrics
