@@ -268,7 +268,7 @@ def pretrain(
                     seconds = trained_s + clock.seconds
                     now = Progress(done, samples, dropped, seconds, stream.steps_per_epoch)
                     checkpoints.save(state, now, wait=bool(is_last or wants_stop))
-                    saved_at = time.monotonic()
+                    saved_at, asked.save = time.monotonic(), False
                 if log is not None:
                     log.event(done, "saved", stall_s=round(checkpoints.stall_s, 4))
             if wants_stop and not is_last:

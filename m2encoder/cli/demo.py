@@ -96,6 +96,8 @@ def demo(
         nproc: Processes that train together.
     """
     from m2encoder.cli.pretrain import launch_training, run
+    from m2encoder.eval.page import write_page
+    from m2encoder.eval.run_report import read_run, render_run
     from m2encoder.eval.suite import format_table
     from m2encoder.index import build_index
     from m2encoder.load import load_model
@@ -120,9 +122,12 @@ def demo(
     searches = [_search_both(encoder, index, pairs, query) for query in QUERIES[source]]
     seconds["all"] = time.perf_counter() - started
     steps = _next_steps(out, source)
+    write_page(out / "training.html", render_run(read_run(out)))
     summary = SMOKE_SUMMARY if smoke else SUMMARIES[source]
     _write_report(out, source, summary, cfg, encoder, results, searches, seconds, steps)
-    print(f"\nreport: {out / 'report.html'}, every number: {out / 'evaluation.html'}\n\nnext:")
+    pages = {"report": "report", "every number": "evaluation", "how it trained": "training"}
+    shown = ", ".join(f"{what}: {out / name}.html" for what, name in pages.items())
+    print(f"\n{shown}\n\nnext:")
     print("\n".join(f"  {command}" for command, _ in steps))
     return 0
 

@@ -79,8 +79,8 @@ def _wait(workers: Sequence[subprocess.Popen[bytes]]) -> int | None:
     while True:
         codes = [worker.poll() for worker in workers]
         failed = [rank for rank, code in enumerate(codes) if code]
-        if failed:
-            return failed[0]
+        if failed:  # one that a signal ended is the cause of the others' errors
+            return min(failed, key=lambda rank: ((codes[rank] or 0) > 0, rank))
         if all(code == 0 for code in codes):
             return None
         time.sleep(0.05)
