@@ -8,7 +8,8 @@ of a temporary folder, then reads them three ways with the same tokeniser, decod
   limit        the same work on bytes that lie in memory already, in as many processes
 Every round measures all three one after the other; the table has medians over the rounds, of the
 rates and of the ratios within each round (targets: at least 1.0 of webdataset, and with 2 workers
-at least 0.9 of the limit). The first batches, with the start of the processes, are left out.
+at least 0.9 of the limit). Many short rounds, because other work on the machine comes and goes; all
+processes live through them. The first round, and what workers made beforehand, are left out.
 """
 
 import argparse
@@ -33,7 +34,7 @@ from torch.utils.data import DataLoader
 from m2encoder.batch import Batch
 from m2encoder.config import Augment, Data
 from m2encoder.data_pipeline.samples import SampleMaker, WorkClock
-from m2encoder.data_pipeline.stream import TrainingStream
+from m2encoder.data_pipeline.stream import TrainingStream, end_without_finalising
 from m2encoder.released_tokenizer import load_tokenizer
 from m2encoder.shards import Pair, ShardReader, write_shards
 from m2encoder.tokenizer import train_tokenizer
@@ -78,13 +79,15 @@ def make_maker(folder: Path) -> SampleMaker:
     return SampleMaker(IMAGE_SIZE, AUGMENT, tokenizer, ("zh", "en"), seed=0)
 
 
-def rate(batches: Iterator[Batch], warmup: int, measured: int) -> float:
-    """Return pairs per second after some batches."""
-    for _ in range(warmup):
+def rate(batches: Iterator[Batch], workers: int, measured: int) -> float:
+    """Return pairs per second, once what was made beforehand is taken; leaves the workers idle."""
+    for _ in range(2 * workers + 1):
         next(batches)
     began = time.perf_counter()
     pairs = sum(len(next(batches).keys) for _ in range(measured))
-    return pairs / (time.perf_counter() - began)
+    found = pairs / (time.perf_counter() - began)
+    time.sleep(1.5 * 2 * workers * BATCH_SIZE / found)  # two batches ahead per worker
+    return found
 
 
 def stream_batches(folder: Path, shards: Path, workers: int) -> Iterator[Batch]:
@@ -116,66 +119,75 @@ def webdataset_batches(folder: Path, shards: Path, workers: int) -> Iterator[Bat
     dataset = dataset.batched(BATCH_SIZE, collation_fn=partial(_assemble, maker), partial=False)
     context = "spawn" if workers else None
     loader = DataLoader(
-        dataset, batch_size=None, num_workers=workers, multiprocessing_context=context
+        dataset,
+        batch_size=None,
+        num_workers=workers,
+        multiprocessing_context=context,
+        worker_init_fn=end_without_finalising,
     )
     return iter(loader)
 
 
-def _work_from_memory(folder: Path, shards: Path, batches: int, pipe: Any) -> None:
+def _work_from_memory(folder: Path, shards: Path, pipe: Any) -> None:
     torch.set_num_threads(1)
     maker, reader = make_maker(folder), ShardReader(shards)
     pairs = [reader[i] for i in range(2 * BATCH_SIZE)]
-    for count in (1, batches):  # first to warm up
-        pipe.send(None)
-        pipe.recv()
-        began = time.perf_counter()
+    while (count := pipe.recv()) is not None:
         for number in range(count):
             clock = WorkClock()
             some = [pairs[(number * BATCH_SIZE + i) % len(pairs)] for i in range(BATCH_SIZE)]
             maker.batch([maker.sample(p, i, clock) for i, p in enumerate(some)], [], clock)
-        pipe.send(time.perf_counter() - began)
+        pipe.send(None)
 
 
-def limit(folder: Path, shards: Path, workers: int, measured: int) -> float:
-    """Pairs per second that as many processes make of bytes in memory."""
-    context = multiprocessing.get_context("spawn")
-    count = max(1, workers)
-    share = max(1, measured // count)
-    pipes, processes = [], []
-    for _ in range(count):
-        ours, theirs = context.Pipe()
-        arguments = (folder, shards, share, theirs)
-        processes.append(context.Process(target=_work_from_memory, args=arguments, daemon=True))
-        processes[-1].start()
-        pipes.append(ours)
-    seconds = 0.0
-    for _ in range(2):
-        for pipe in pipes:
+class Limit:
+    """Processes that do the stream's work on bytes in memory."""
+
+    def __init__(self, folder: Path, shards: Path, count: int) -> None:
+        context = multiprocessing.get_context("spawn")
+        self.pipes = []
+        for _ in range(count):
+            ours, theirs = context.Pipe()
+            arguments = (folder, shards, theirs)
+            context.Process(target=_work_from_memory, args=arguments, daemon=True).start()
+            self.pipes.append(ours)
+        self._run(1)
+
+    def _run(self, batches: int) -> None:
+        for pipe in self.pipes:
+            pipe.send(batches)
+        for pipe in self.pipes:
             pipe.recv()
-        for pipe in pipes:
-            pipe.send(None)
-        seconds = max(pipe.recv() for pipe in pipes)
-    for process in processes:
-        process.join()
-    return share * count * BATCH_SIZE / seconds
+
+    def rate(self, measured: int) -> float:
+        """Pairs per second of all of them together."""
+        share = max(1, measured // len(self.pipes))
+        began = time.perf_counter()
+        self._run(share)
+        return share * len(self.pipes) * BATCH_SIZE / (time.perf_counter() - began)
 
 
-def measure(folder: Path, shards: Path, workers: int, measured: int) -> dict[str, float]:
-    """One round: pairs per second of each."""
-    warmup = 1 + 3 * workers
-    return {
-        "stream": rate(stream_batches(folder, shards, workers), warmup, measured),
-        "webdataset": rate(webdataset_batches(folder, shards, workers), warmup, measured),
-        "limit": limit(folder, shards, workers, measured),
-    }
+def measure(folder: Path, shards: Path, workers: int, measured: int, rounds: int) -> list[float]:
+    """Return median rates of stream, webdataset and limit, and the stream's median ratios."""
+    stream = stream_batches(folder, shards, workers)
+    webdataset = webdataset_batches(folder, shards, workers)
+    limit = Limit(folder, shards, max(1, workers))
+    found = []
+    for _ in range(rounds + 1):
+        ours, theirs = (rate(batches, workers, measured) for batches in (stream, webdataset))
+        best = limit.rate(measured)
+        found.append((ours, theirs, best, ours / theirs, ours / best))
+    for pipe in limit.pipes:
+        pipe.send(None)
+    return [statistics.median(column) for column in zip(*found[1:], strict=True)]
 
 
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--pairs", type=int, default=6000)
-    parser.add_argument("--batches", type=int, default=32, help="measured in each round")
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--batches", type=int, default=8, help="measured in each round")
+    parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--workers", type=int, nargs="+", default=[0, 1, 2, 4])
     options = parser.parse_args()
     torch.set_num_threads(1)  # as each worker has
@@ -191,12 +203,8 @@ def main() -> None:
         folder = Path(scratch)
         shards = write_data(folder, options.pairs)
         for workers in options.workers:
-            rounds = [
-                measure(folder, shards, workers, options.batches) for _ in range(options.rounds)
-            ]
-            medians = [statistics.median(r[n] for r in rounds) for n in rounds[0]]
-            ratios = [statistics.median(r["stream"] / r[n] for r in rounds) for n in rounds[0]][1:]
-            cells = [f"{x:,.0f}" for x in medians] + [f"{x:.2f}" for x in ratios]
+            found = measure(folder, shards, workers, options.batches, options.rounds)
+            cells = [f"{x:,.0f}" for x in found[:3]] + [f"{x:.2f}" for x in found[3:]]
             print(f"| {workers} | {' | '.join(cells)} |", flush=True)
 
 

@@ -12,12 +12,12 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from m2encoder.batch import Batch
 from m2encoder.config import Data
 from m2encoder.data_pipeline.order import SHUFFLE_WINDOW, Mixture, SourceOrder
-from m2encoder.data_pipeline.samples import Sample, SampleMaker, WorkClock
+from m2encoder.data_pipeline.samples import Posted, Sample, SampleMaker, WorkClock
 from m2encoder.data_pipeline.shard_files import ShardFiles
 from m2encoder.data_pipeline.training_sources import (
     LANGUAGES,
@@ -89,19 +89,19 @@ class TrainingStream:
             batch_size=None,
             sampler=range(first_step, last_step),
             num_workers=self.settings.workers,
-            collate_fn=_as_it_is,  # pyright: ignore[reportArgumentType]
+            collate_fn=_posted,  # pyright: ignore[reportArgumentType]
             multiprocessing_context="spawn" if self.settings.workers else None,
             pin_memory=torch.cuda.is_available(),
-            worker_init_fn=_end_without_finalising,
+            worker_init_fn=end_without_finalising,
         )
         return iter(loader)
 
 
-def _as_it_is(batch: Batch) -> Batch:
-    return batch
+def _posted(batch: Batch) -> Batch | Posted:
+    return batch if get_worker_info() is None else Posted(batch)
 
 
-def _end_without_finalising(worker: int) -> None:
+def end_without_finalising(worker: int) -> None:
     """Let a worker end as soon as its queues are closed.
 
     Where batches are dropped in the middle, the thread that sends them still holds tensors. Python

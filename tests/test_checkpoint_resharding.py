@@ -65,6 +65,7 @@ def expected_run():
     return list(by_hand(STEPS))
 
 
+@pytest.mark.slow  # test_engine.py changes from each sharding to each other in one run
 @pytest.mark.parametrize("world", WORLDS)
 def test_every_checkpoint_goes_on_under(gloo, saved, world):
     answers = on_each_rank(gloo, world, load_and_go_on, [folder for folder, _ in saved.values()])

@@ -34,7 +34,7 @@ def prepare_tokenizer(
 
     The first process of a world makes it, the others read it.
     """
-    from m2encoder.cli.tokenizer import read_texts
+    from m2encoder.data_pipeline.training_sources import source_texts
     from m2encoder.released_tokenizer import load_tokenizer
     from m2encoder.tokenizer import train_tokenizer
 
@@ -44,7 +44,7 @@ def prepare_tokenizer(
         if cfg.tokenizer.path is not None:
             model = load_tokenizer(Path(cfg.tokenizer.path), max_length=2).model
         else:
-            texts = read_texts([Path(source.path) for source in cfg.data.train_sources])
+            texts = source_texts(cfg.data)
             model = train_tokenizer(texts, vocab_size=cfg.tokenizer.vocab_size)
         write_whole(own, model)
     if world is not None:
@@ -200,6 +200,6 @@ def make_plan(cfg: PretrainConfig, world_size: int) -> str:
     try:
         sources = open_sources(cfg.data, languages)
         pairs, lines = sum(source.pairs for source in sources), plan_lines(sources, cfg.data)
-    except DataError as error:
+    except (ConfigError, DataError) as error:
         lines = [str(error)]
     return plan(cfg, config_text=to_yaml(cfg), pairs=pairs, data_lines=lines, world_size=world_size)
