@@ -27,6 +27,10 @@ if TYPE_CHECKING:
     from m2encoder.encoder import Encoder
 
 
+GPUS_PER_MACHINE = 8
+"""What a dry run of a cluster assumes; the plan says it."""
+
+
 def pretrain(
     cfg: PretrainConfig, *, dry_run: bool = False, nproc: int | None = None, profile: bool = False
 ) -> int:
@@ -35,12 +39,12 @@ def pretrain(
     On several GPUs it starts one process each. Several machines: start it with torchrun.
 
     Args:
-        dry_run: print the plan and stop
+        dry_run: print the plan and stop; more than 8 processes are then several machines
         nproc: processes to start on this machine; without it one per GPU, or one
         profile: trace a few steps to OUT/profile and name the largest costs
     """
     if dry_run:
-        print(make_plan(cfg, world_size(nproc)))
+        print(make_plan(cfg, world_size(nproc), GPUS_PER_MACHINE))
         return 0
     if not is_worker():
         nproc = count_gpus() if nproc is None else nproc

@@ -188,8 +188,11 @@ def write_whole(path: Path, content: bytes) -> None:
     os.replace(temporary, path)
 
 
-def make_plan(cfg: PretrainConfig, world_size: int) -> str:
-    """Return what a run would do: resolved configuration, sizes, memory, steps, shard plan."""
+def make_plan(cfg: PretrainConfig, world_size: int, local_ranks: int) -> str:
+    """Return what a run would do: resolved configuration, sizes, memory, steps, shard plan.
+
+    local_ranks: processes of one machine at most, where torchrun or Slurm do not say.
+    """
     from m2encoder.data_pipeline.training_sources import open_sources, plan_lines
     from m2encoder.errors import DataError
     from m2encoder.objectives import languages_of
@@ -202,4 +205,12 @@ def make_plan(cfg: PretrainConfig, world_size: int) -> str:
         pairs, lines = sum(source.pairs for source in sources), plan_lines(sources, cfg.data)
     except (ConfigError, DataError) as error:
         lines = [str(error)]
-    return plan(cfg, config_text=to_yaml(cfg), pairs=pairs, data_lines=lines, world_size=world_size)
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", min(world_size, local_ranks)))
+    return plan(
+        cfg,
+        config_text=to_yaml(cfg),
+        pairs=pairs,
+        data_lines=lines,
+        world_size=world_size,
+        local_world_size=local,
+    )
