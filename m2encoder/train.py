@@ -135,9 +135,10 @@ def pretrain(
     progress = resume(cfg, checkpoints, state, stream.steps_per_epoch)
     if progress.step >= total_steps:
         logger.info("this run is complete: %d of %d steps done", progress.step, total_steps)
-        results = evaluate(exported(), evaluators)
+        whole = exported()
+        results = evaluate(whole, evaluators)
         if export and world.is_first:
-            export(exported(), out / "model", results)
+            export(whole, out / "model", results)
         return results
     dropped, trained_s = progress.dropped, progress.seconds
     results: dict[str, float] = {}
@@ -158,17 +159,14 @@ def pretrain(
     # --- loop ---
     unmasked_from = round(total_steps * (1 - cfg.unmasked_tail))
     batches = clock.batches(stream.batches(progress.step, total_steps))
+    is_hidden = None if show_progress is None else not show_progress  # None: unless on a terminal
     bar = tqdm(
         profiled(batches, out) if profile and world.is_first else batches,
         desc="training",
         total=total_steps,
         initial=progress.step,
         unit="step",
-        disable=True
-        if not world.is_first
-        else None
-        if show_progress is None
-        else not show_progress,
+        disable=is_hidden if world.is_first else True,
     )
     samples_at_log = 0
     saved_at = began_at = time.monotonic()

@@ -192,11 +192,13 @@ def poisoned_rank(rank, world_size, cfg):
     return train(cfg, rank, world_size, change=poison)
 
 
+@pytest.mark.parametrize("sharding", ["nnn", "ggg"])
 def test_a_sample_without_a_finite_feature_is_named_and_skipped(
-    configure, with_one_strange_pair, gloo
+    configure, with_one_strange_pair, gloo, sharding
 ):
     data, key = with_one_strange_pair
-    cfg = configure("run", data=data, tokenizer=TokenizerConfig(), ema_decay=None)
+    changes = {"ema_decay": None, "sharding": sharding}
+    cfg = configure("run", data=data, tokenizer=TokenizerConfig(), **changes)
     parts = gloo(2).run(poisoned_rank, cfg)
     places = sorted(
         (step, rank, row)
