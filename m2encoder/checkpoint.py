@@ -68,6 +68,8 @@ class Checkpoints:
         """Seconds for which the last save() kept the training."""
         self.write_s = 0.0
         """Seconds that the last save took to be complete, from when its tensors were copied."""
+        self.completed: int | None = None
+        """Step of the last save that is complete."""
         self._group: dist.ProcessGroup | None = None
         if self.world.size > 1:
             group = dist.new_group(backend="gloo", timeout=TIMEOUT)
@@ -145,6 +147,7 @@ class Checkpoints:
             parts = self._together(lambda: (shard, write_shard(temporary / shard, pieces)))
             facts: dict[str, FileFacts] = dict(part for part in parts if part)
             self._together(lambda: self._complete(path, progress, facts), only_first=True)
+            self.completed = progress.step
         except Exception as error:
             logger.debug("a save failed", exc_info=True)
             if self.world.is_first:

@@ -130,6 +130,7 @@ class RunLog:
                 )
         self._metrics = MetricsLog(out / METRICS, from_step=from_step)
         self._is_full = False
+        self._saved: int | None = None
         self.event(from_step, "resumed" if from_step else "started", **(facts or {}))
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
@@ -157,6 +158,12 @@ class RunLog:
     def event(self, step: int, kind: str, **facts: Any) -> None:
         """Note that something happened; see `add_event`."""
         add_event(self._out, step, kind, **facts)
+
+    def saved(self, step: int | None, *, stall_s: float) -> None:
+        """Note once that the checkpoint of a step is complete, and how long it kept training."""
+        if step is not None and step != self._saved:
+            self._saved = step
+            self.event(step, "saved", stall_s=round(stall_s, 4))
 
     def close(self) -> None:
         """Let the viewers write what they hold back."""

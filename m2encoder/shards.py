@@ -51,6 +51,8 @@ class ShardIndex:
     def load(cls, folder: Path) -> "ShardIndex":
         """Read `folder/index.json`. Raises DataError if missing, damaged or of another format."""
         path = folder / INDEX_NAME
+        if not path.is_file() and any(folder.glob("*.tar")):
+            raise DataError(f"{path}: missing index; write it with: m2enc data index {folder}")
         if not path.is_file():
             raise DataError(f"{path}: missing index, expected a shard folder; check the path")
         try:

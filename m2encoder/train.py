@@ -259,6 +259,8 @@ def pretrain(
 
             # --- save ---
             checkpoints.poll()
+            if log is not None:
+                log.saved(checkpoints.completed, stall_s=checkpoints.stall_s)
             is_due = wants_save or done % cfg.save.every_steps == 0
             # not among bad steps: going back must lead to weights that gave a good one
             if is_last or wants_stop or (is_due and trouble is None):
@@ -267,9 +269,9 @@ def pretrain(
                     now = Progress(done, samples, dropped, seconds, stream.steps_per_epoch)
                     checkpoints.save(state, now, wait=bool(is_last or wants_stop))
                     saved_at, asked.save = time.monotonic(), False
-                if log is not None:
-                    log.event(done, "saved", stall_s=round(checkpoints.stall_s, 4))
             if wants_stop and not is_last:
+                if log is not None:
+                    log.saved(checkpoints.completed, stall_s=checkpoints.stall_s)
                 raise StoppedError(
                     f"stopped by SIGTERM after step {done} of {total_steps}, which is saved; "
                     f"the same command goes on from there"
@@ -289,5 +291,6 @@ def pretrain(
         if world.is_first:
             export(whole, out / "model", results)
     if log is not None:
+        log.saved(checkpoints.completed, stall_s=checkpoints.stall_s)
         log.event(total_steps, "finished")
     return results

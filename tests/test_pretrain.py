@@ -19,7 +19,7 @@ from saved_runs import tensors_of, weights_of
 
 from m2encoder.cli import main
 from m2encoder.cli.configuration import to_yaml
-from m2encoder.cli.pretrain import run
+from m2encoder.cli.pretrain import run, the_only_run_in
 from m2encoder.config import Evaluate, Log, Save, TokenizerConfig
 from m2encoder.load import load_model
 from m2encoder.log import read_metrics
@@ -140,6 +140,16 @@ def test_an_evaluation_that_cannot_work_is_found_before_training(
     assert said in shown
     assert shown.count("\n") == 1
     assert not (out / "metrics.jsonl").exists()
+
+
+def test_a_folder_takes_one_run_at_a_time(write_config, capsys, monkeypatch):
+    words, out = write_config()
+    monkeypatch.setattr("m2encoder.cli.pretrain.LOCK_TIMEOUT_S", 0.1)
+    with the_only_run_in(out):
+        assert main(words) == 2
+    assert f"{out}: another process trains into this folder" in capsys.readouterr().err
+    assert not (out / "metrics.jsonl").exists()
+    assert main(words) == 0
 
 
 def wait_for(path, process):

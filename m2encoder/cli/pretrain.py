@@ -2,7 +2,8 @@
 
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
     from m2encoder.encoder import Encoder
 
 
+LOCK_TIMEOUT_S = 10.0
+"""How long a run waits for the folder: one that was just killed may still be saving."""
 GPUS_PER_MACHINE = 8
 """What a dry run of a cluster assumes; the plan says it."""
 
@@ -94,8 +97,7 @@ def run(cfg: PretrainConfig, *, profile: bool = False, show_progress: bool | Non
     from m2encoder.train import pretrain as train
 
     out = Path(cfg.out)
-    with joined_world() as world:
-        out.mkdir(parents=True, exist_ok=True)
+    with joined_world() as world, the_only_run_in(out) if world.is_first else nullcontext():
         own = None
         if cfg.towers.text is None:
             own = prepare_tokenizer(cfg, world)
@@ -124,6 +126,26 @@ def run(cfg: PretrainConfig, *, profile: bool = False, show_progress: bool | Non
             show_progress=show_progress,
         )
     return out / "model"
+
+
+@contextmanager
+def the_only_run_in(out: Path) -> Iterator[None]:
+    """Hold the run's folder; ConfigError when another process trains into it."""
+    from filelock import FileLock, Timeout
+
+    out.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(out / ".lock")  # the system frees it however the process ends
+    try:
+        lock.acquire(timeout=LOCK_TIMEOUT_S)
+    except Timeout:
+        raise ConfigError(
+            f"{out}: another process trains into this folder; wait for its end, or choose another "
+            f"--out"
+        ) from None
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 FIXED = (
