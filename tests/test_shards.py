@@ -217,7 +217,7 @@ def _drop_pairs(folder: Path) -> None:
     [
         (_truncate, "shard-000001.tar: truncated or changed shard, 9,240 bytes found, 10,240"),
         (_remove_shard, "shard-000001.tar: missing shard, the index lists it"),
-        (_remove_index, "index.json: missing index, expected a shard folder; check the path"),
+        (_remove_index, "index.json: missing index; write it with: m2enc data index "),
         (_write_index('{"format": 1, "cou'), "index.json: damaged index (JSONDecodeError"),
         (_write_index(b"\xff\xfe"), "index.json: damaged index (UnicodeDecodeError"),
         (_write_index("[]"), "index.json: damaged index (TypeError"),
