@@ -37,6 +37,7 @@ class Fixed:
 
     given: list[Batch]
     steps_per_epoch: int
+    pairs: int
 
     def batches(self, first_step, last_step):
         yield from self.given[first_step:last_step]
@@ -122,7 +123,13 @@ def train_both(started, clip_loss, out, log_scale):
     encoder.model.logit_scale.data.fill_(log_scale)
     model = deepcopy(encoder.model).train()
     expected, clipped = plain_loop(model, batches, clip_loss)
-    pretrain(cfg, encoder, Fixed(batches, steps_per_epoch=10), {}, show_progress=False)
+    pretrain(
+        cfg,
+        encoder,
+        Fixed(batches, steps_per_epoch=10, pairs=10 * cfg.data.batch_size),
+        {},
+        show_progress=False,
+    )
     found = read_metrics(out / "metrics.jsonl")
     assert [row["step"] for row in found] == list(range(1, STEPS + 1))
     return found, expected, encoder.model.state_dict(), model.state_dict(), clipped
