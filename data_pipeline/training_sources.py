@@ -14,7 +14,7 @@ from m2encoder.data_pipeline.order import LANE_ROWS, WINDOW_STEPS, Mixture
 from m2encoder.data_pipeline.remote import RemoteFolder, is_remote
 from m2encoder.data_pipeline.shard_files import LocalFolder, PackedShard, ShardFiles, ShardFolder
 from m2encoder.errors import ConfigError, DataError
-from m2encoder.shards import INDEX_NAME, ShardIndex, ShardReader
+from m2encoder.shards import ShardReader
 
 LANGUAGES = ("zh", "en")
 
@@ -75,21 +75,12 @@ def _open(source: Source, settings: Data, languages: Sequence[str]) -> TrainingS
     else:
         path = Path(source.path)
         folder = LocalFolder(path)
-        index = _local_index(path)
+        index = ShardReader(path).index
     shards = [PackedShard.of(shard, _that_count(shard.pairs, taken)) for shard in index.shards]
     left_out = index.count - sum(shard.pairs for shard in shards)
     return TrainingSource(
         source.path, source.weight, taken, folder, shards, left_out, index.captions
     )
-
-
-def _local_index(path: Path) -> ShardIndex:
-    tars = len(list(path.glob("*.tar")))
-    if tars and not (path / INDEX_NAME).is_file():
-        raise DataError(
-            f"{path}: {tars} tars without {INDEX_NAME}; write one with: m2enc data index {path}"
-        )
-    return ShardReader(path).index
 
 
 def _that_count(entries: list[dict[str, Any]], languages: Sequence[str]) -> list[dict[str, Any]]:

@@ -11,7 +11,6 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from types import TracebackType
 from typing import Any, TypeVar
 
 import torch.distributed as dist
@@ -78,6 +77,7 @@ class Checkpoints:
         self._staging = Staging()
         self._writer: threading.Thread | None = None
         self._failure: str | None = None
+        self._untold: str | None = None  # what poll() is still to return
 
     # --- saving ---
 
@@ -102,10 +102,15 @@ class Checkpoints:
             self.finish()
         self.stall_s = time.perf_counter() - started
 
-    def poll(self) -> None:
-        """Log a save that failed, once, on the first rank; costs next to nothing: call it often."""
+    def poll(self) -> str | None:
+        """Log a save that failed on the first rank, and return what it says, both once.
+
+        Costs next to nothing: call it often.
+        """
         if self._writer is not None and not self._writer.is_alive():
             self._settle()
+        untold, self._untold = self._untold, None
+        return untold
 
     def finish(self) -> None:
         """Return when the last save is complete; CheckpointError if it failed."""
@@ -116,12 +121,7 @@ class Checkpoints:
     def __enter__(self) -> "Checkpoints":
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         """Let a save that runs come to its end when the run fails, unless other ranks are gone."""
         if self._writer is not None:
             self._writer.join(GRACE_S)
@@ -133,6 +133,7 @@ class Checkpoints:
         self._writer = None
         if self._failure is not None and tell and self.world.is_first:
             logger.warning("%s; training goes on", self._failure)
+            self._untold = self._failure
 
     def _write(self, pieces: Mapping[str, Piece], progress: Progress) -> None:
         """Run in the thread. Every error ends here: its rank must not leave the others waiting."""

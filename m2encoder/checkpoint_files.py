@@ -18,10 +18,10 @@ import torch
 from torch import Tensor
 
 from m2encoder.errors import CheckpointError
+from m2encoder.shards import sha256_of
 
 FORMAT = 2
 MANIFEST, PROGRESS = "manifest.json", "progress.json"
-READ_BYTES = 1 << 22
 DTYPE_NAMES = {
     torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
     torch.int64: "I64", torch.int32: "I32", torch.uint8: "U8", torch.bool: "BOOL",
@@ -141,7 +141,7 @@ def verify_files(path: Path, *, share: int = 0, shares: int = 1) -> None:
         raise damaged(path, f"{min(unknown)} is not in {MANIFEST}")
     for name in sorted(facts)[share::shares]:
         try:
-            digest = _digest(path / name)
+            digest = sha256_of(path / name)
         except OSError as error:
             raise damaged(path, f"{name}: {error.strerror or error}") from None
         if digest != facts[name].sha256:
@@ -187,14 +187,6 @@ def _chained(
 
 def _bytes_of(tensor: Tensor) -> memoryview:
     return tensor.reshape(-1).view(torch.uint8).numpy().data  # no copy
-
-
-def _digest(path: Path) -> str:
-    digest = sha256()
-    with path.open("rb", buffering=0) as file:
-        while part := file.read(READ_BYTES):
-            digest.update(part)
-    return digest.hexdigest()
 
 
 def _read_json(path: Path, name: str) -> dict[str, Any]:

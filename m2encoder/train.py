@@ -177,6 +177,7 @@ def pretrain(
             model.train()
             if apply_locks(towers, cfg.locked, step=step, total_steps=total_steps):
                 towers = wrapped() if cfg.sharding == "nnn" else towers
+            speed.add(batch)
             with clock.transfer():
                 batch = on_device(batch, world.device)
             is_old = cfg.save.every_minutes is not None and (
@@ -215,7 +216,6 @@ def pretrain(
             if sample_log is not None:
                 sample_log.write(done, batch.keys)
             samples_at_log += cfg.data.batch_size - bad_pairs
-            speed.add(batch)
 
             # --- write down ---
             is_last = done == total_steps
@@ -258,9 +258,11 @@ def pretrain(
                     world.wait()
 
             # --- save ---
-            checkpoints.poll()
+            failure = checkpoints.poll()
             if log is not None:
                 log.saved(checkpoints.completed, stall_s=checkpoints.stall_s)
+                if failure is not None:
+                    log.event(done, "save failed", reason=failure)
             is_due = wants_save or done % cfg.save.every_steps == 0
             # not among bad steps: going back must lead to weights that gave a good one
             if is_last or wants_stop or (is_due and trouble is None):

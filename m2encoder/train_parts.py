@@ -27,6 +27,7 @@ from m2encoder.ema import Ema
 from m2encoder.encoder import Encoder
 from m2encoder.errors import CheckpointError, DataError, FeatureError, M2EncoderError
 from m2encoder.flops import mfu, training_flops
+from m2encoder.interpolate import interpolate
 from m2encoder.log import MetricsLog, RunLog
 from m2encoder.model.modeling_m2encoder import M2Encoder
 from m2encoder.objectives import Losses
@@ -182,7 +183,6 @@ class Guardian:
             log.event(step, "bad step", reason=reason, rank=trouble.rank)
         if not self._count.bad():
             return
-        self._checkpoints.finish()
         newest = self._checkpoints.latest()
         if newest is None or self._is_rewound:
             why = "no checkpoint to go back to" if newest is None else "going back did not help"
@@ -260,9 +260,7 @@ def whole_encoder(
     model = evaluation_model(encoder.model, ema)
     if start is not None and share is not None:
         model = copy.deepcopy(model) if model is encoder.model else model
-        for name, tensor in model.state_dict().items():
-            if tensor.is_floating_point():
-                tensor.copy_(torch.lerp(start[name].to(tensor.device), tensor, share))
+        model.load_state_dict(interpolate(start, model.state_dict(), share))
     if model is encoder.model:
         return encoder
     return Encoder(model, encoder.image_processor, encoder.tokenizer, name=encoder.name)

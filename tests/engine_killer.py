@@ -1,7 +1,7 @@
 """Train in processes of their own that are killed at a chosen moment.
 
 A server: reads one JSON request per line, forks the ranks of a world, kills some of them (SIGKILL)
-when rank 0 has logged its n-th phase, or some time later, and answers with the phases it reached.
+when rank 0 has logged a phase so often, or some time later, and answers with the phases it reached.
 It forks because importing torch takes seconds and many kills should not.
 """
 
@@ -14,32 +14,15 @@ import socket
 import sys
 import time
 import traceback
-from pathlib import Path
 from typing import Any
+
+from phase_pipe import PhasePipe
 
 from m2encoder.cli.options import call_with_options
 from m2encoder.cli.pretrain import run
 from m2encoder.config import PretrainConfig
 
 LOGGERS = ("m2encoder.watchdog", "m2encoder.checkpoint")
-
-
-class PhasePipe(logging.Handler):
-    """Tell the parent each phase; at the n-th stop to be killed there and nowhere else."""
-
-    def __init__(self, pipe: int, stop_at: int | None) -> None:
-        super().__init__()
-        self.pipe, self.stop_at, self.count = pipe, stop_at, 0
-
-    def emit(self, record: logging.LogRecord) -> None:
-        """Send one phase."""
-        message = record.getMessage()
-        if not message.startswith("phase: "):
-            return
-        os.write(self.pipe, (message.removeprefix("phase: ") + "\n").encode())
-        self.count += 1
-        if self.count == self.stop_at:
-            time.sleep(600)
 
 
 def given(cfg: PretrainConfig) -> PretrainConfig:
@@ -50,6 +33,11 @@ def given(cfg: PretrainConfig) -> PretrainConfig:
 given.options_class = PretrainConfig  # pyright: ignore[reportFunctionMemberAccess]
 
 
+def is_reached(request: dict[str, Any], phases: list[str]) -> bool:
+    """Say whether the phase of the request has come as often as it says."""
+    return request["phase"] is not None and phases.count(request["phase"]) >= request["count"]
+
+
 def train(request: dict[str, Any], rank: int, port: int, pipe: int) -> None:
     """Be one rank."""
     if request["ranks"] > 1:
@@ -58,8 +46,8 @@ def train(request: dict[str, Any], rank: int, port: int, pipe: int) -> None:
         os.environ |= {name: str(value) for name, value in world.items()}
         os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     if rank == 0:
-        phase = request["phase"] if request["delay_s"] == 0 else None
-        handler = PhasePipe(pipe, phase)
+        exact = request["delay_s"] == 0
+        handler = PhasePipe(pipe, lambda phases: exact and is_reached(request, phases))
         for name in LOGGERS:
             logging.getLogger(name).setLevel(logging.DEBUG)
             logging.getLogger(name).addHandler(handler)
@@ -102,7 +90,7 @@ def run_and_kill(request: dict[str, Any]) -> dict[str, Any]:
         if not (chunk := os.read(reads, 65_536)):
             break
         text += chunk
-        if not killed and request["phase"] and text.count(b"\n") >= request["phase"]:
+        if not killed and is_reached(request, text.decode().splitlines()):
             time.sleep(request["delay_s"])
             for rank in request["victims"]:
                 os.kill(children[rank], signal.SIGKILL)
@@ -135,5 +123,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.path.insert(0, str(Path(__file__).parent))
     main()

@@ -14,28 +14,11 @@ import time
 from pathlib import Path
 from typing import Any
 
+from phase_pipe import PhasePipe
+
 from m2encoder import index_update
 from m2encoder.index import IndexSettings, build_index, update_index
 from m2encoder.load import load_model
-
-
-class PhasePipe(logging.Handler):
-    """Tell the parent each phase; stop at the n-th to be killed there and nowhere else."""
-
-    def __init__(self, pipe: int, stop_at: int | None) -> None:
-        super().__init__()
-        self.pipe, self.stop_at, self.count = pipe, stop_at, 0
-
-    def emit(self, record: logging.LogRecord) -> None:
-        """Send one phase."""
-        message = record.getMessage()
-        if not message.startswith("phase: "):
-            return
-        os.write(self.pipe, (message.removeprefix("phase: ") + "\n").encode())
-        self.count += 1
-        if self.count == self.stop_at:
-            while True:
-                signal.pause()
 
 
 def change(request: dict[str, Any], encoder: Any, pipe: int) -> None:
@@ -43,7 +26,7 @@ def change(request: dict[str, Any], encoder: Any, pipe: int) -> None:
     logger = logging.getLogger("m2encoder.index_files")
     logger.setLevel(logging.DEBUG)
     exact = request["delay_s"] == 0
-    logger.addHandler(PhasePipe(pipe, request["phase"] if exact else None))
+    logger.addHandler(PhasePipe(pipe, lambda phases: exact and len(phases) == request["phase"]))
     index_update.STAGE_ROWS = request["stage_rows"]
     folder = Path(request["folder"])
     if request["source"]:

@@ -45,11 +45,15 @@ class Trainer:
         assert self.process.stdout is not None
         return json.loads(self.process.stdout.readline())
 
-    def run(self, config, *, ranks=1, phase=None, delay_s=0.0, victims=(0,)):
-        """Train, killed at rank 0's phase number `phase`; returns its phases and exit statuses."""
-        request = {"config": str(config), "ranks": ranks, "phase": phase, "delay_s": delay_s}
+    def run(self, config, *, ranks=1, phase=None, count=1, delay_s=0.0, victims=(0,)):
+        """Train, killed when rank 0 comes to a phase for the count-th time, or so much later.
+
+        Returns rank 0's phases and the exit statuses.
+        """
+        request = {"config": str(config), "ranks": ranks, "phase": phase, "count": count}
+        request |= {"delay_s": delay_s, "victims": list(victims)}
         assert self.process.stdin is not None
-        self.process.stdin.write(json.dumps(request | {"victims": list(victims)}) + "\n")
+        self.process.stdin.write(json.dumps(request) + "\n")
         self.process.stdin.flush()
         return self._answer()
 
@@ -137,20 +141,27 @@ def assert_same(out, whole):
     assert (out / exported).read_bytes() == (whole / exported).read_bytes()
 
 
-def killed_until_done(trainer, config, phases, moments, *, ranks, chance):
-    """Kill at each moment's phase and then let it finish; returns where it was killed."""
-    where = []
-    for moment in moments:
+def killed_and_finished(trainer, config, kills, *, ranks, chance):
+    """Kill at each (phase, count), then let it finish; returns the phases of the kills.
+
+    One rank or all, at the very moment or within 50 ms of it. A run that has finished is killed no
+    more.
+    """
+    done = []
+    for phase, count in kills:
         victims = [chance.randrange(ranks)] if chance.random() < 0.5 else list(range(ranks))
         delay_s = 0.0 if chance.random() < 0.7 else chance.random() / 20
-        ran = trainer.run(config, ranks=ranks, phase=moment, delay_s=delay_s, victims=victims)
-        if ran["statuses"][0] == 0:
-            return where  # it finished before
-        assert len(ran["phases"]) >= moment
-        where.append(f"{ran['phases'][moment - 1]} +{1000 * delay_s:.0f} ms, ranks {victims}")
+        moment = {"phase": phase, "count": count, "delay_s": delay_s}
+        ran = trainer.run(config, ranks=ranks, **moment, victims=victims)
+        if ran["statuses"] == [0] * ranks:
+            break
+        assert ran["phases"].count(phase) >= count
+        where = f"{phase} {count} +{1000 * delay_s:.0f} ms, ranks {victims} of {ranks}"
+        logger.info("killed at %s", where)
+        done.append(phase)
     ran = trainer.run(config, ranks=ranks)
     assert ran["statuses"] == [0] * ranks
-    return where
+    return done
 
 
 def test_an_undisturbed_run_goes_through_every_phase(undisturbed):
@@ -158,40 +169,34 @@ def test_an_undisturbed_run_goes_through_every_phase(undisturbed):
     assert set(phases) == PHASES
 
 
-@pytest.mark.parametrize(("seed", "ranks"), [(0, 1), (1, 1), (2, 2)])
-def test_a_killed_run_goes_on_to_the_bit(trainer, write_config, undisturbed, seed, ranks):
-    whole, phases = undisturbed(ranks)
-    chance = random.Random(seed)
+@pytest.mark.parametrize(
+    ("seed", "ranks", "kills"),
+    [
+        (0, 1, [("writing", 2), ("waiting for data", 2)]),
+        (1, 1, [("renaming", 1), ("training", 4)]),
+        (2, 2, [("renamed", 1), ("saving", 1), ("after saving", 1)]),
+    ],
+)
+def test_a_killed_run_goes_on_to_the_bit(trainer, write_config, undisturbed, seed, ranks, kills):
+    """Read, step, save, rename: the three runs together are killed in every phase."""
     config, out = write_config(f"killed-{seed}")
-    kinds = sorted(PHASES)[seed::3]  # each seed its own kinds, all three together all
-    moments = [chance.choice([i for i, p in enumerate(phases, 1) if p == kind]) for kind in kinds]
-    # the second kill counts the phases of a run that resumes, which has fewer left
-    moments = [moments[0], max(1, moments[1] // 2)]
-    where = killed_until_done(trainer, config, phases, moments, ranks=ranks, chance=chance)
-    logger.info("seed %d: killed at %s", seed, where)
-    assert where
-    assert_same(out, whole)
+    done = killed_and_finished(trainer, config, kills, ranks=ranks, chance=random.Random(seed))
+    assert done == [phase for phase, _ in kills]
+    assert_same(out, undisturbed(ranks)[0])
 
 
 @pytest.mark.slow
-def test_twenty_kills_over_every_phase(trainer, write_config, undisturbed, tmp_path):
-    chance, count, log = random.Random(20), 0, []
-    for round_ in range(40):
+def test_twenty_kills_over_every_phase(trainer, write_config, undisturbed):
+    chance, done = random.Random(20), []
+    for number in range(40):
         ranks = chance.choice([1, 1, 2])
         whole, phases = undisturbed(ranks)
-        config, out = write_config(f"slow-{round_}")
+        config, out = write_config(f"slow-{number}")
         kinds = chance.sample(sorted(PHASES), 2)
-        moments = [
-            chance.choice([i for i, p in enumerate(phases, 1) if p == kind]) for kind in kinds
-        ]
-        moments = [moments[0], max(1, moments[1] // 2)]
-        where = killed_until_done(trainer, config, phases, moments, ranks=ranks, chance=chance)
-        log += where
+        kills = [(kind, chance.randint(1, max(1, phases.count(kind) // 2))) for kind in kinds]
+        done += killed_and_finished(trainer, config, kills, ranks=ranks, chance=chance)
         assert_same(out, whole)
-        count += len(where)
-        kinds_seen = {point.split(" +")[0] for point in log}
-        if count >= 20 and kinds_seen == PHASES:
+        if len(done) >= 20 and set(done) == PHASES:
             break
-    logger.info("killed at:\n%s", "\n".join(log))
-    assert count >= 20
-    assert {point.split(" +")[0] for point in log} == PHASES
+    assert len(done) >= 20
+    assert set(done) == PHASES

@@ -165,6 +165,15 @@ def test_a_wrapped_model_has_the_same_scales():
     assert wrapped == {f"model.{k}": scale for k, scale in lr_scales(model, settings).items()}
 
 
+def take_steps(model, optimizer):
+    """Three steps, with gradients that depend on the weights."""
+    for step in range(3):
+        set_learning_rate(optimizer, 0.01 * (step + 1))
+        for i, parameter in enumerate(model.parameters()):
+            parameter.grad = torch.sin(parameter.detach() * 50 + i + step)
+        optimizer.step()
+
+
 def sharded_steps(rank, world_size, mesh_shape):
     """A few clipped AdamW steps of a sharded model; returns its whole weights."""
     names = ("replicate", "shard") if len(mesh_shape) == 2 else ("shard",)
@@ -175,11 +184,7 @@ def sharded_steps(rank, world_size, mesh_shape):
             fully_shard(part, mesh=mesh)
     fully_shard(model, mesh=mesh, ignored_params={model.logit_scale})
     optimizer = make_optimizer(model, Optim(layer_decay=0.5, weight_decay=0.1))
-    for step in range(3):
-        set_learning_rate(optimizer, 0.01 * (step + 1))
-        for i, parameter in enumerate(model.parameters()):
-            parameter.grad = torch.sin(parameter.detach() * 50 + i + step)
-        optimizer.step()
+    take_steps(model, optimizer)
     whole = {
         name: (p.full_tensor() if isinstance(p, DTensor) else p).detach().numpy()
         for name, p in model.named_parameters()
@@ -193,11 +198,7 @@ def test_adamw_on_shards_equals_adamw_on_the_whole(gloo, mesh_shape):
     """Fused AdamW takes DTensors; the scalars that stay whole must not share a call with them."""
     model = make_model()
     optimizer = make_optimizer(model, Optim(layer_decay=0.5, weight_decay=0.1))
-    for step in range(3):
-        set_learning_rate(optimizer, 0.01 * (step + 1))
-        for i, parameter in enumerate(model.parameters()):
-            parameter.grad = torch.sin(parameter.detach() * 50 + i + step)
-        optimizer.step()
+    take_steps(model, optimizer)
     for found in gloo(2).run(sharded_steps, mesh_shape):
         for name, parameter in model.named_parameters():
             np.testing.assert_allclose(found[name], parameter.detach().numpy(), atol=1e-5)

@@ -6,15 +6,14 @@ Not the loss against other toolkits (peers/test_clip_loss.py), nor the command (
 import io
 import math
 import shutil
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
-from saved_runs import TIMES, tensors_of, weights_of
+from saved_runs import TIMES, StopsAt, tensors_of, weights_of
 
-from m2encoder.batch import BatchStream
 from m2encoder.cli.training import make_stream, new_encoder, prepare_tokenizer
 from m2encoder.config import Data, Log, Objective, Optim, Save, TokenizerConfig
 from m2encoder.errors import CheckpointError, DataError, M2EncoderError
@@ -22,27 +21,6 @@ from m2encoder.log import read_metrics
 from m2encoder.shards import Pair, write_shards
 from m2encoder.train import pretrain
 from m2encoder.train_parts import MAX_LOG_SCALE, Evaluator
-
-
-@dataclass
-class StopsAt:
-    """A stream that is interrupted before it gives batch `step`."""
-
-    stream: BatchStream
-    step: int
-
-    @property
-    def steps_per_epoch(self):
-        return self.stream.steps_per_epoch
-
-    @property
-    def pairs(self):
-        return self.stream.pairs
-
-    def batches(self, first_step, last_step):
-        yield from self.stream.batches(first_step, min(self.step, last_step))
-        if self.step < last_step:
-            raise KeyboardInterrupt
 
 
 @pytest.fixture

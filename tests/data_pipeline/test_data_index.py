@@ -143,7 +143,7 @@ def test_the_command_prints_what_became_of_each_sample(foreign, capsys):
 
 def test_an_unindexed_folder_is_refused_with_the_command_that_helps(foreign, tiny_model_folder):
     tokenizer = load_tokenizer(tiny_model_folder / "sp.model", max_length=24)
-    with pytest.raises(DataError, match=r"2 tars without index\.json; write one with: m2enc data"):
+    with pytest.raises(DataError, match=r"missing index; write it with: m2enc data"):
         TrainingStream(Data(train=str(foreign)), image_size=32, tokenizer=tokenizer, seed=0)
 
 

@@ -272,7 +272,7 @@ def test_a_language_that_no_pair_has_is_refused_before_the_first_step(make_strea
     [
         ("cut", "truncated or changed shard"),
         ("gone", "missing shard"),
-        ("no index", r"1 tars without index\.json; write one with: m2enc data index"),
+        ("no index", r"missing index; write it with: m2enc data index"),
     ],
 )
 def test_damaged_shards_are_found_before_the_first_step(
