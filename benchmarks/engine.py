@@ -25,6 +25,11 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from m2encoder.compat import mend_torchvision
+
+mend_torchvision()  # before transformers looks at it
+
+# ruff: noqa: E402
 from m2encoder.batch import Batch, Captions
 from m2encoder.blocks import prepare_blocks
 from m2encoder.checkpoint import Checkpoints, Progress, TrainState
